@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .graph import Node, operation_of, shape_of, signed
+from .graph import RESHAPES, Node, operation_of, shape_of, signed
 from .loss_graph import nodes_between
 from .sample_graph import ELEMENTWISE, InnerSizes, samples_in_nodes
 from .vjp import quiet_vmap
@@ -51,7 +51,6 @@ _PIECEWISE_LINEAR = frozenset({
     "Add", "Sub", "Rsub", "Neg", "Abs", "Relu", "Threshold", "LeakyRelu", "Hardtanh", "Clamp", "ClampMin", "ClampMax",
     "Where", "MaskedFill", "Clone", "Alias", "NativeDropout",
 })  # fmt: skip
-_RESHAPES = frozenset({"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "Alias"})
 
 
 def segments_of(output: Tensor, leaves: Sequence[Tensor], count: int) -> list[Segment]:
@@ -134,7 +133,7 @@ def _segment(
 
 def _adds_nothing(node: Node, name: str, leads: set[Node], shape: tuple[int, ...], before: tuple[int, ...]) -> bool:
     """Whether a node changes the shape alone, or adds what does not depend on its input."""
-    if name in _RESHAPES or (name == "Permute" and _is_identity(node._saved_dims)):
+    if name in RESHAPES or (name == "Permute" and _is_identity(node._saved_dims)):
         return True
     if name != "Add" or getattr(node, "_saved_alpha", 1) != 1:
         return False

@@ -2,17 +2,9 @@
 
 from torch import Tensor
 
-from .graph import recomputed, saved, shape_of, signed
+from .graph import RESHAPES, operation_of, recomputed, saved, shape_of, signed
 from .loss_graph import place_of
-
-#: Nodes that take rows out of a tensor, or see them in other dimensions, and change no number.
-_TAKES_ROWS = frozenset({
-    "AliasBackward0", "CloneBackward0", "ReshapeAliasBackward0", "SliceBackward0", "SqueezeBackward0",
-    "SqueezeBackward1", "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
-})  # fmt: skip
-
-#: What ``reduction`` says of a mean and of a sum.
-_MEAN, _SUM = 1, 2
+from .loss_terms import MEAN, SUM
 
 
 def is_cross_entropy_of_rows(loss: Tensor, output: Tensor) -> bool:
@@ -25,7 +17,7 @@ def is_cross_entropy_of_rows(loss: Tensor, output: Tensor) -> bool:
         node = node.next_functions[0][0]
     if node is None or node.name() != "NllLossBackward0" or recomputed(node) is not False or output.dim() < 2:
         return False
-    if saved(node, "weight") is not None or saved(node, "reduction") not in (_MEAN, _SUM):
+    if saved(node, "weight") is not None or saved(node, "reduction") not in (MEAN, SUM):
         return False
     (node, number), last = node.next_functions[0], output.shape[-1]
     if node is None or node.name() != "LogSoftmaxBackward0" or shape_of(node, number)[1:] != (last,):
@@ -34,7 +26,7 @@ def is_cross_entropy_of_rows(loss: Tensor, output: Tensor) -> bool:
         return False
     place = node.next_functions[0]
     while place != place_of(output):
-        if place[0] is None or place[0].name() not in _TAKES_ROWS or shape_of(*place)[-1:] != (last,):
+        if place[0] is None or operation_of(place[0]) not in (*RESHAPES, "Slice") or shape_of(*place)[-1:] != (last,):
             return False
         place = place[0].next_functions[0]
     return True

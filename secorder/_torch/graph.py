@@ -16,6 +16,9 @@ Node = Any
 #: Nodes that ``torch.vmap`` runs without an error and with another result (PyTorch 2.13).
 WRONG_UNDER_VMAP = frozenset({"CdistBackward0"})
 
+#: Operations that see a tensor in other dimensions, or copy it, and change no number.
+RESHAPES = frozenset({"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "Alias"})
+
 #: Ends the names of PyTorch's own nodes; those of custom functions have no number.
 _NUMBERED = re.compile(r"Backward\d+$")
 

@@ -10,20 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._torch.graph import Node, outputs_of, run_node, saved, shape_of, signed
+from ..._torch.graph import Node, operation_of, outputs_of, run_node, saved, shape_of, signed
+from ..._torch.sample_graph import ELEMENTWISE
 from ..dtypes import cast
 from ..per_sample import Outer, PerSample
 from .call import OperationCall
-
-#: Operations whose output has in each row what the same row of their inputs makes, for inputs of the output's shape.
-BY_ELEMENT = frozenset(
-    f"{name}Backward0"
-    for name in (
-        "Add", "Sub", "Mul", "Div", "Neg", "Exp", "Abs", "Sqrt", "Rsqrt", "Gelu", "Relu", "Silu", "Elu", "Tanh",
-        "Sigmoid",
-        "Softplus", "LeakyRelu", "Hardswish", "Hardtanh", "Mish", "LogSigmoid", "NativeDropout", "Clone", "ToCopy",
-    )
-)  # fmt: skip
 
 
 class OwnedRows(NamedTuple):
@@ -84,7 +75,7 @@ def _through(
     name, shape = node.name(), shape_of(*node.next_functions[index])
     outputs = outputs_of(node, real=False)
     first = outputs[0].shape
-    alike = name in BY_ELEMENT and shape == first and own is given[0]
+    alike = operation_of(node) in ELEMENTWISE and shape == first and own is given[0]
     alike |= name in ("ViewBackward0", "UnsafeViewBackward0") and bool(first) and shape[:1] == first[:1]
     if name in ("SplitBackward0", "SplitWithSizesBackward0"):
         alike = signed(saved(node, "dim")) % len(first) != 0
