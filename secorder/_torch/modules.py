@@ -26,7 +26,7 @@ class Place(NamedTuple):
         found: Tensor = self.holder[self.key]
         return found
 
-    def put(self, value: Tensor) -> None:
+    def put(self, value: Any) -> None:
         """Hold another tensor there: of any kind, which ``setattr`` would refuse."""
         self.holder[self.key] = value
 

@@ -144,7 +144,7 @@ def _parts_anywhere(tree: Any) -> _Parts | None:
             return None
         parts = _container(tree)
         if parts is None:
-            names = [*getattr(tree, "__dict__", ()), *_slots(tree)]
+            names = [*getattr(tree, "__dict__", ()), *slots_of(tree)]
             return _Parts([_get(tree, name) for name in names], None, names) if names else None
         assert parts.rebuilt is not None
         parts.rebuilt(parts.children)  # a trial
@@ -166,7 +166,7 @@ def _container(tree: Any) -> _Parts | None:
     if isinstance(tree, dict):
         keys = list(tree)
         return _Parts([tree[key] for key in keys], lambda values: _dict(tree, zip(keys, values, strict=True)))
-    if isinstance(tree, Mapping) and not hasattr(tree, "__dict__") and not _slots(tree):  # such as a mappingproxy
+    if isinstance(tree, Mapping) and not hasattr(tree, "__dict__") and not slots_of(tree):  # such as a mappingproxy
         keys, anew = list(tree), cast(Callable[[dict[Any, Any]], Any], kind)
         return _Parts([tree[key] for key in keys], lambda values: anew(dict(zip(keys, values, strict=True))))
     return None
@@ -179,7 +179,7 @@ def _dict(tree: dict[Any, Any], items: Iterable[tuple[Any, Any]]) -> Any:
     return result
 
 
-def _slots(tree: Any) -> list[str]:
+def slots_of(tree: Any) -> list[str]:
     """The ``__slots__`` of an object's type that hold something."""
     found = []
     for kind in type(tree).__mro__:
@@ -211,7 +211,7 @@ def _copied(tree: Any) -> Any:
         result = copy.copy(tree)
         if result is tree or type(result) is not type(tree):
             return None
-        for name in [*getattr(tree, "__dict__", ()), *_slots(tree)]:
+        for name in [*getattr(tree, "__dict__", ()), *slots_of(tree)]:
             _set(result, name, _get(tree, name))
         return result
     except Exception:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch.modules import is_scripted, own_attributes, own_tensors, tables_of
+from .._torch.pytree import slots_of
 from .restoring import (
     MAX_COMPARED,
     Restore,
@@ -146,14 +147,11 @@ class State:
     def _object(self, x: Any) -> Iterator[Any]:
         yield type(x)
         yield from self._container(vars(x)) if hasattr(x, "__dict__") else ()
-        for kind in type(x).__mro__:
-            slots = vars(kind).get("__slots__", ())
-            for name in (slots,) if isinstance(slots, str) else slots:
-                if not name.startswith("__") and hasattr(x, name):
-                    value, put = getattr(x, name), partial(object.__setattr__, x, name)
-                    self._restores.append(of_variable(partial(getattr, x, name, None), put, value))
-                    self._hold(value, put)
-                    yield value
+        for name in slots_of(x):
+            value, put = getattr(x, name), partial(object.__setattr__, x, name)
+            self._restores.append(of_variable(partial(getattr, x, name, None), put, value))
+            self._hold(value, put)
+            yield value
 
     def _tensor(self, x: Tensor) -> None:
         if not x.is_leaf or x.is_inference() or x.is_meta or x.layout != torch.strided or x.is_nested:

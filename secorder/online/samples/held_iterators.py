@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..._torch.modules import own_attributes
+from ..._torch.modules import Place, own_attributes, put_back
 from ...oneshot.restoring import used_up
 
 HOLDS = (
@@ -37,15 +37,14 @@ class _Guard:
 @contextmanager
 def iterators_kept(model: nn.Module) -> Iterator[Held]:
     """Inside, a forward that takes from an iterator that the model holds fails, and leaves it as it was."""
-    held, places = Held(), []
+    held, places = Held(), {}
     for name, module in model.named_modules():
         for key, value in own_attributes(module).items():
             if used_up(value):
-                places.append((vars(module), key, value, f"{name}.{key}".lstrip(".")))
+                places[f"{name}.{key}".lstrip(".")] = Place(vars(module), key, value)
     try:
-        for attributes, key, _, name in places:
-            attributes[key] = _Guard(held, name)
+        for name, place in places.items():
+            place.put(_Guard(held, name))
         yield held
     finally:
-        for attributes, key, value, _ in places:
-            attributes[key] = value
+        put_back(places.values())
