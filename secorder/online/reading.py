@@ -97,8 +97,7 @@ def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | Non
             f'the probe accumulates {fisher.accumulate!r}, no diagonal: make one with accumulate="diagonal", or pass '
             "loss_fn, inputs and targets to measure a batch."
         )
-    window, troubles = read or (everything(fisher), unreadable(fisher))
-    counts = readable_counts(fisher, window, troubles, missing)
+    window, counts = readable(fisher, missing, read)
     chosen = [layer for layer in fisher.layers if layer.name in counts]
     totals = {layer.name: window.sums[layer.name].sums for layer in chosen}
     unknown = LayerInfo(Strategy.ONLINE)
@@ -111,8 +110,7 @@ def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | Non
 
 def fisher_traces(fisher: OnlineFisher, missing: Missing = "raise", read: Read | None = None) -> dict[str, Trace]:
     """See :meth:`secorder.CurvatureProbe.fisher_trace`; arguments as of :func:`diagonals`."""
-    window, troubles = read or (everything(fisher), unreadable(fisher))
-    counts = readable_counts(fisher, window, troubles, missing)
+    window, counts = readable(fisher, missing, read)
     rows = dict(zip(window.sums, window.norms.rows(), strict=True))
     found, share = {}, ranks(window)
     traces = _traces(fisher, window, list(counts)) if fisher.accumulate == "diagonal" else {}
@@ -141,8 +139,7 @@ def _traces(fisher: OnlineFisher, window: WindowSums, names: Sequence[str]) -> d
 
 def noise_scales(fisher: OnlineFisher, missing: Missing = "raise", read: Read | None = None) -> NoiseScales:
     """See :meth:`secorder.CurvatureProbe.gradient_noise_scale`; arguments as of :func:`diagonals`."""
-    window, troubles = read or (everything(fisher), unreadable(fisher))
-    counts = readable_counts(fisher, window, troubles, missing)
+    window, counts = readable(fisher, missing, read)
     rows = dict(zip(window.sums, window.norms.rows(), strict=True))
     found = {name: noise_of(rows[name]) for name in counts}
     unknown = [name for name, scale in found.items() if scale is None]
@@ -160,10 +157,12 @@ def ranks(window: WindowSums) -> float:
     return 1 + window.elsewhere / seen if seen else 1.0
 
 
-def readable_counts(
-    fisher: OnlineFisher, window: WindowSums, troubles: Mapping[str, str], missing: Missing
-) -> dict[str, Counts]:
-    """The layers whose number can be given, and the samples in it; raises where there is none, or by ``missing``."""
+def readable(fisher: OnlineFisher, missing: Missing, read: Read | None) -> tuple[WindowSums, dict[str, Counts]]:
+    """What is read, with the layers whose number can be given, and the samples in it.
+
+    Raises where there is none, or by ``missing``.
+    """
+    window, troubles = read or (everything(fisher), unreadable(fisher))
     require_one_of("missing", missing, get_args(Missing))
     if troubles and (missing == "raise" or len(troubles) == len(fisher.layers)):
         raise _troubled(troubles)
@@ -186,7 +185,7 @@ def readable_counts(
             raise _unseen(fisher, window, name)
     if not chosen:  # those that have seen samples are marked
         raise _troubled(troubles)
-    return chosen
+    return window, chosen
 
 
 def _troubled(troubles: Mapping[str, str]) -> AttributionError:
