@@ -1,7 +1,8 @@
 """Hooks of this library on the modules of a model: known as such, silenced together, left out of copies."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,15 +19,11 @@ class OwnHook:
         self.owner = owner
 
     def __reduce__(self) -> Any:
-        return (_no_hook, ())
+        return (partial, (_ignore,))
 
 
 def _ignore(*_: Any) -> None:
     """What a copied model's hook does."""
-
-
-def _no_hook() -> Callable[..., None]:
-    return _ignore
 
 
 class FirstHooks:  # a handle

@@ -27,11 +27,6 @@ def pull_back(
     return dict(zip((id(leaf) for leaf in leaves), found, strict=True))
 
 
-def random_numbers(size: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    """Standard normal numbers, the same in every dtype."""
-    return torch.randn(size, generator=generator, dtype=torch.float64, device=generator.device).to(like)
-
-
 def require_linear_backward(
     model_outputs: Sequence[Tensor], ends: Sequence[Tensor], pairs: Columns, generator: torch.Generator
 ) -> None:
@@ -40,7 +35,8 @@ def require_linear_backward(
     Both are made of those that are to be pulled back. Else it is not multiplication with a Jacobian.
     """
     one = pairs.mixture(generator).detach()
-    other = one * -(1.5 + random_numbers(one.shape[1], generator, one).abs())[:, None]
+    random = torch.randn(one.shape[1], generator=generator, dtype=torch.float64, device=generator.device)
+    other = one * -(1.5 + random.abs().to(one))[:, None]
     first, second, both = [pull_back(model_outputs, ends, stack, False) for stack in (one, other, one + other)]
     require_sum(ends, first, second, both, lambda number: pull_back(model_outputs, ends, number * one, False))
 

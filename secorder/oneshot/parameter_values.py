@@ -38,12 +38,10 @@ def _is_torchs_own(module: nn.Module) -> bool:
 
 def _has_values(parameter: Tensor) -> bool:
     plain = parameter.layout is torch.strided and not parameter.is_nested
-    return plain and not (parameter.is_meta or parameter.is_inference() or _is_others(parameter))
-
-
-def _is_others(parameter: Tensor) -> bool:
-    """Whether other processes train the same memory (``share_memory``): what they write is not to be put back."""
-    return parameter.device.type == "cpu" and local(parameter).is_shared()
+    if not plain or parameter.is_meta or parameter.is_inference():
+        return False
+    # Other processes may train the same memory (``share_memory``): what they write is not to be put back.
+    return parameter.device.type != "cpu" or not local(parameter).is_shared()
 
 
 class ParameterValues:

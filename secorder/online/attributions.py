@@ -41,12 +41,7 @@ class Attributions:
         self._not_followed: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            "_known": {},
-            "_batches": {},
-            "_met": {},
-        }  # its copy is to be looked at anew
+        return {**vars(self), "_known": {}, "_batches": {}, "_met": {}}  # its copy is to be looked at anew
 
     def meet(self, arguments: Any, shapes: Sequence[Shape]) -> tuple[Attribution | None, int | None, bool]:
         """What is known of where the samples of a batch are, how many they are, and whether it is :meth:`scheduled`."""

@@ -69,16 +69,12 @@ def tell_of_new(fisher: OnlineFisher) -> None:
         layers = [] if fisher.select is None else fisher.select(fisher.model)
     except InvalidArgumentError:  # what a pattern named is gone, or new and not initialised yet
         return
-    new = [x.name for x in layers if x.name not in fisher.by_layer and _is_trained(x)]
-    if new:
+    others = [x for x in layers if x.name not in fisher.by_layer]
+    if new := [x.name for x in others if any(p.requires_grad for p in x.parameters.values())]:
         fisher.troubles.warn(
             f"the layers {new} are trained now, and were not when the probe was made (frozen, or not there yet): it "
             "does not measure them; make a new probe, or one with frozen=True before."
         )
-
-
-def _is_trained(layer: Layer) -> bool:
-    return any(p.requires_grad for p in layer.parameters.values())
 
 
 def _others_stand_in(layer: Layer) -> bool:

@@ -327,7 +327,8 @@ def _fall_back(
     """Layers whose own calls do not tell in this batch: the whole model runs again for them."""
     fisher, model = attachment.fisher, attachment.model
     able = [x for x in layers if x.name not in found.not_linear and not record.attribution.sharing(x.name)]
-    able = able if _same_samples(found, record) else []
+    if found.grouping is None and not found.count_by_shapes(record.shapes):  # it is of another number of samples
+        able = []
     for layer in layers:
         if layer not in able:
             _unknown(fisher, record, found, layer)
@@ -346,11 +347,6 @@ def _fall_back(
         return
     for layer in record.fallback:
         record.layers[layer.name].layouts = [[x for x in layouts if x is not None]]
-
-
-def _same_samples(found: Attribution, record: ForwardRecord) -> bool:
-    """Whether what was found is of as many samples as the record has, as far as shapes tell."""
-    return found.grouping is not None or bool(found.count_by_shapes(record.shapes))
 
 
 def _output_layout(found: Attribution, index: int, shape: Shape, record: ForwardRecord) -> Layout | None:

@@ -7,7 +7,6 @@ than a rule, for any module.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -54,14 +53,10 @@ def rerun_gradients(
             yield [[next(rest) for _ in layer.parameters] for layer in layers]
 
 
-def _next(rest: Iterator[Tensor], _: Tensor) -> Tensor:
-    return next(rest)
-
-
 def _run_again(isolated: IsolatedModel, layer: Layer, call: ModuleCall) -> list[End]:
     """One call, run again: the outputs that the loss depends on."""
     rest = iter(call.tensors)
-    arguments = map_tensors(partial(_next, rest), call.arguments)
+    arguments = map_tensors(lambda _: next(rest), call.arguments)
     outputs = isolated.run(
         lambda copied: layer.enclosing(*copied[0], **copied[1]), arguments, call.state.random_state, call.state.autocast
     )
