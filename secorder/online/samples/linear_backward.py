@@ -61,6 +61,6 @@ def _parts(graph: ForwardGraph) -> Iterator[list[Tensor]]:
     cotangents = ByCotangents(graph.ends, graph.count, generator).plain
     some = torch.randperm(graph.count, generator=generator, device=generator.device) < graph.count // 2
     yield cotangents
-    for weights in (some, ALIKE * ~some):
+    for scale, chosen in ((1.0, some), (ALIKE, ~some)):
         pairs = zip(cotangents, graph.ends, strict=True)
-        yield [c * over_samples(weights[None].to(c), c, layout)[0] for c, (_, layout) in pairs]
+        yield [c * over_samples(scale * chosen[None].to(c), c, layout)[0] for c, (_, layout) in pairs]

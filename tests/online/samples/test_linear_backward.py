@@ -130,3 +130,13 @@ def test_a_shift_that_a_normalisation_takes_out_has_no_gradient_to_be_in_proport
             x, y = data()
             F.cross_entropy(model(x.to(kind)), y).backward()
         probe.fisher_diagonal()
+
+
+def test_a_model_in_float64_while_the_default_is_another() -> None:
+    torch.set_default_dtype(torch.float32)
+    model = nn.Sequential(nn.Linear(4, 4), Fn(Doubled.apply), nn.Linear(4, 3)).double()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        for _ in range(4):
+            x, y = data()
+            F.cross_entropy(model(x.double()), y).backward()
+        probe.fisher_diagonal()
