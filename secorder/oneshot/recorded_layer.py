@@ -175,7 +175,8 @@ def contract_settled(
     good = [z for z in layers if z.layouts]
     totals: list[list[Tensor]] = [[] if create_graph else parts_of_one(z.layer) for z in good]
     elements = sum(t.numel() for t in (*leaves, *model_outputs))
-    for ids in chunks(pairs.num_columns if good else 0, default_chunk_size(elements, model_outputs[0], chunk_size)):
+
+    def add(ids: range) -> None:  # alone, so that nothing of some columns is left when there are the next
         some = pairs.columns(ids)
         known = {key: g[None] for key, g in (plain or {}).items()} if pairs.num_columns == 1 else None
         u = known or pull_back(model_outputs, leaves, some.u, create_graph)
@@ -197,6 +198,9 @@ def contract_settled(
                     total[index] = total[index] + part
                 else:
                     total.append(part)
+
+    for ids in chunks(pairs.num_columns if good else 0, default_chunk_size(elements, model_outputs[0], chunk_size)):
+        add(ids)
         advance(len(ids))
     found = iter(totals)
     return [next(found) if z.layouts else None for z in layers]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from secorder import CurvatureProbe
 from secorder.layers.layout import DIM_ZERO
 from secorder.oneshot.measurement import Measurement
 from secorder.oneshot.recorded_layer import (
@@ -16,6 +17,7 @@ from secorder.oneshot.recorded_layer import (
 from secorder.oneshot.recording import recorded
 from secorder.oneshot.roots import Single
 
+from ..benchmarks.memory import peak_memory
 from ..helpers import Fn, by_layer, data, make, measured, seeded
 from ..reference import assert_close, fisher_by_sample
 
@@ -67,3 +69,20 @@ def test_rows_that_are_no_samples_have_no_layout() -> None:
 
     assert measured(work, make(), data()) == [True, True]
     assert measured(work, make(Fn(mixes)), data()) == [False, True]
+
+
+@pytest.mark.parametrize("way", ["fisher", "output-basis"])
+def test_of_some_products_nothing_is_left_when_there_are_the_next(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secorder.oneshot.hessian.investigate.find_chain", lambda *_: None)
+    model = nn.Sequential(nn.Linear(1, 24), nn.Tanh(), nn.Linear(24, 24))
+    batch = torch.randn(32, 1), torch.randn(32, 24)
+
+    def bytes_of(at_once: int) -> int:
+        with CurvatureProbe(model, layers=["0"], reduction="mean") as probe:
+            if way == "fisher":
+                how = {"fisher_type": "type-2", "chunk_size": at_once}
+                return peak_memory(lambda: probe.fisher_diagonal(F.mse_loss, *batch, **how))
+            assert probe.hessian_diagonal(F.mse_loss, *batch).info["0"].strategy == way
+            return peak_memory(lambda: probe.hessian_diagonal(F.mse_loss, *batch, chunk_size=at_once))
+
+    assert bytes_of(12) < 0.6 * bytes_of(24)

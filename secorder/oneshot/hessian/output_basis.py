@@ -47,6 +47,7 @@ def run(
             u, v = graph.gradients(found), graph.gradients(vectors)
             for index, (name, p) in enumerate(graph.layer.parameters.items()):
                 totals[index] = totals[index] + contract_basis(u[name], v[name], numel=p.numel())
+            del vectors, found, u, v  # before there are the next
             advance(len(ids))
     return totals
 
