@@ -18,6 +18,7 @@ from .._torch.modules import backward_hook_dicts
 from .._torch.surroundings import inside_transform
 from ..layers.dtypes import rounding
 from ..layers.layout import Layout
+from .finite import largest
 
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
@@ -131,7 +132,7 @@ class _Came(NamedTuple):
 
     def _compare(self, fisher: "OnlineFisher", brought: list[Tensor], u: Tensor) -> None:
         where = "a backward hook on the model, its outputs, or what the loss computes from them,"
-        g, u = (self.layout.split(x) for x in (torch.stack(brought).sum(0), u))
+        g, u = (self.layout.split(x) for x in (sum(brought[1:], brought[0]), u))
         _compare(fisher, self.factors, self.key, where, g, u, self.least)
 
 
@@ -147,10 +148,11 @@ def _compare(
 ) -> None:
     """Mark all layers where gradients ``u`` are not what others are, but for what all samples are multiplied by."""
     known = factors.pop(key, None)
-    if not u.numel() or not bool(u.isfinite().all()):
+    size = largest(u) if u.numel() else u.new_full((), torch.inf)
+    if not bool(size.isfinite()):
         return
-    bound = rounding(least) * u.abs().amax()
-    same = bool(((u - g).abs() <= bound).all())
+    bound = rounding(least) * size
+    same = bool(largest(u - g) <= bound)
     if same and (known is None or not known.dim()):
         factors[key] = u.new_ones(())
         return

@@ -41,3 +41,8 @@ def witness(part: PerSample, product: Tensor | None) -> Tensor | None:
     if isinstance(part.a, Patches):
         return total_of(part.a.image)
     return total_of(part.a) if product is None or product.dtype not in (torch.float32, torch.float64) else product
+
+
+def largest(values: Tensor) -> Tensor:
+    """The largest size among some numbers, which are not copied for it; nan where one is."""
+    return torch.maximum(values.amax(), -values.amin())
