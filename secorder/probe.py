@@ -38,7 +38,7 @@ from .layers.selection import (
 from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
 from .oneshot.data_set import first_of, is_data_set, require_one_batch, seconds_besides, takes_data_sets
-from .oneshot.eigenvalues import MAX_ITERATIONS, Eigenvalues, Which, eigenvalues
+from .oneshot.eigenvalues import MAX_ITERATIONS, Eigenvalues, Ends, Which, eigenvalues
 from .oneshot.fisher import check_fisher_type, fisher_budget, fisher_diagonal
 from .oneshot.fisher_pairs import FisherType
 from .oneshot.hessian.budget import Budget, HessianMethod
@@ -818,24 +818,22 @@ class CurvatureProbe:
         """
         _check_curvature(of, by)
         require_flag("progress", progress)
-        require_one_of("which", which, get_args(Which))
+        ends = Ends(count, which, tolerance, max_iterations)
         if of == "hessian":
             warn_if_inexact(self._layers)
-        require_integer("count", count, 1)
-        require_integer("max_iterations", max_iterations, 1)
-        require_number("tolerance", tolerance, zero=True)
-        asked: dict[str, Any] = {"of": of, "by": by, "count": count, "which": which}
-        asked |= {"tolerance": tolerance, "max_iterations": max_iterations}
         options: dict[str, Any] = {"by_sample": of != "hessian", "generator": generator, "chunk_size": chunk_size}
         if is_data_set(inputs, targets):
             with random_state_kept(self._model):
                 return eigenvalues_of_data(
                     lambda work, x, t: self._measure(work, loss_fn, x, t, **options),
                     *(*self._data_context, loss_fn, inputs),
-                    **asked,
+                    ends=ends,
+                    of=of,
+                    by=by,
                     progress=progress,
                 )
-        return self._measure(partial(eigenvalues, **asked), loss_fn, inputs, targets, **options, progress=progress)
+        work = partial(eigenvalues, ends=ends, of=of, by=by)
+        return self._measure(work, loss_fn, inputs, targets, **options, progress=progress)
 
     def hessian_facts(
         self, loss_fn: LossFunction, inputs: Any, targets: Any = None, *, chunk_size: int | None = None
@@ -868,6 +866,9 @@ class CurvatureProbe:
         max_draws: int | None = None,
         max_hvps: int | None = None,
         fisher_type: FisherType = "empirical",
+        count: int = 1,
+        which: Which = "both",
+        tolerance: float = 1e-3,
         max_iterations: int = MAX_ITERATIONS,
         chunk_size: int | None = None,
     ) -> Cost:
@@ -881,7 +882,7 @@ class CurvatureProbe:
                 ``"fisher"``.
             num_draws: as for :meth:`hessian_diagonal`, or :meth:`fisher_diagonal`.
             fisher_type: as for :meth:`fisher_diagonal`.
-            max_iterations: as for :meth:`hessian_eigenvalues`.
+            count, which, tolerance, max_iterations: as for :meth:`hessian_eigenvalues`.
 
         Returns:
             layer name → :class:`~secorder.LayerCost`: the strategy, its products, those of the exact one, memory and
@@ -901,28 +902,28 @@ class CurvatureProbe:
             ('chain', True, True)
         """
         require_one_of("quantity", quantity, get_args(Quantity))
-        require_integer("max_iterations", max_iterations, 1)
+        ends = Ends(count, which, tolerance, max_iterations)
         drawn = {"num_draws": num_draws, "rtol": rtol, "max_draws": max_draws}
-        budget = _budget(quantity, method, fisher_type, max_iterations, max_hvps, drawn)
-        count, loading = 1, 0.0
+        budget = _budget(quantity, method, fisher_type, ends, max_hvps, drawn)
+        num_batches, loading = 1, 0.0
         if is_data_set(inputs, targets):
             with random_state_kept(self._model):
-                (inputs, targets), count, loading = first_of(inputs, self._one_shot_dim)
-        asked = quantity, budget, fisher_type, num_draws or 1, max_iterations
+                (inputs, targets), num_batches, loading = first_of(inputs, self._one_shot_dim)
+        asked = quantity, budget, fisher_type, num_draws or 1, ends
         batch = loss_fn, inputs, targets
         how: dict[str, Any] = {"by_sample": quantity == "fisher", "chunk_size": chunk_size}
         cost = self._measure(lambda task: quantity_cost(task, *asked), *batch, **how)
         # What it takes to put everything back, once all that happens the first time alone has happened.
         cost.overhead += seconds_of(lambda: self._measure(lambda task: None, *batch, **how))
-        if quantity == "fisher" and count > 1:
+        if quantity == "fisher" and num_batches > 1:
             options: dict[str, Any] = {"fisher_type": fisher_type, "num_draws": num_draws or 1, "rtol": rtol}
             options |= {"max_draws": max_draws, "chunk_size": chunk_size}
             of_batches = partial(self.fisher_diagonal, loss_fn, **options)
             cost.overhead += seconds_besides(of_batches, (inputs, targets), cost.seconds)
-        if count > 1 and quantity in ("fisher", "hessian"):  # the mean, and what tells its error
+        if num_batches > 1 and quantity in ("fisher", "hessian"):  # the mean, and what tells its error
             cost.base_bytes += 2 * result_bytes(self._layers)
         cost.overhead += loading
-        cost.num_batches = count
+        cost.num_batches = num_batches
         return cost
 
     def _measure(
@@ -1107,7 +1108,7 @@ def _budget(
     quantity: Quantity,
     method: HessianMethod,
     fisher_type: FisherType,
-    max_iterations: int,
+    ends: Ends,
     max_hvps: int | None,
     drawn: dict[str, Any],
 ) -> Budget:
@@ -1115,7 +1116,7 @@ def _budget(
     for name, value, usual, of in (
         ("method", method, "auto", ("hessian", "trace")),
         ("fisher_type", fisher_type, "empirical", ("fisher",)),
-        ("max_iterations", max_iterations, MAX_ITERATIONS, ("eigenvalues",)),
+        *((name, value, getattr(Ends(), name), ("eigenvalues",)) for name, value in vars(ends).items()),
         ("max_hvps", max_hvps, None, ("hessian", "trace")),
     ):
         if quantity not in of and value != usual:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..errors import InvalidArgumentError
 from ..layers.dtypes import compute_dtype
 from ..monitor.progress import progress_bar
 from .data_set import batches_of
-from .eigenvalues import Eigenvalues, Which, blocks_of, lanczos_steps, nothing, restricted
+from .eigenvalues import Eigenvalues, Ends, blocks_of, lanczos_steps, nothing, restricted
 from .hessian.on_parameters import on_parameters
 from .loss_reduction import Kind, LossReduction
 from .measurement import Measurement
@@ -31,12 +32,9 @@ def eigenvalues_of_data(
     loss_fn: Callable[[Any, Any], Tensor],
     data: Iterable[Any],
     *,
+    ends: Ends,
     of: Curvature,
     by: By,
-    count: int,
-    which: Which,
-    tolerance: float,
-    max_iterations: int,
     progress: bool,
 ) -> dict[str, Eigenvalues]:
     """Largest and smallest eigenvalues of each block of the whole data set; ``measure`` runs work on a batch.
@@ -59,12 +57,12 @@ def eigenvalues_of_data(
     weights = [1.0 if reduction.summed else n / sum(sizes) for n in sizes]
     layers, starts = measure(lambda task: (task.layers, _starts(task, by)), *first)
     steps = {
-        name: lanczos_steps(start, count, tolerance, min(max_iterations, len(start)), which)
+        name: lanczos_steps(start, replace(ends, max_iterations=min(ends.max_iterations, len(start))))
         for name, start in starts.items()
     }
     waiting = {name: next(step) for name, step in steps.items() if len(starts[name])}
     found: dict[str, Eigenvalues] = {}
-    with progress_bar(progress, "Eigenvalues", max_iterations, unit="passes") as advance:
+    with progress_bar(progress, "Eigenvalues", ends.max_iterations, unit="passes") as advance:
         while waiting:
             totals = {name: torch.zeros_like(v) for name, v in waiting.items()}
             for (x, t), weight in zip(batches_of(data, sample_dim), weights, strict=True):
@@ -79,7 +77,7 @@ def eigenvalues_of_data(
                     del waiting[name]
             advance(1)
     names = [name for layer in layers for name in blocks_of(layer, by)]
-    return {name: found.get(name) or nothing(count, which) for name in names}
+    return {name: found.get(name) or nothing(ends.count, ends.which) for name in names}
 
 
 def _starts(task: Measurement, by: By) -> dict[str, Tensor]:

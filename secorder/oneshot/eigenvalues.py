@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from .._arguments import require_integer, require_number, require_one_of
 from ..layers.dtypes import compute_dtype, rounding
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
@@ -19,8 +20,7 @@ from .trace import By
 #: Which eigenvalues: those at both ends, the largest in modulus, the largest, the smallest.
 Which = Literal["both", "largest", "top", "bottom"]
 
-#: The usual tolerance, and number of products at most.
-TOLERANCE = 1e-3
+#: The usual number of products at most.
 MAX_ITERATIONS = 200
 
 #: Vectors that there is room for at first; for twice as many when it is full.
@@ -54,9 +54,31 @@ class Eigenvalues:
     converged: bool
 
 
-def eigenvalues(
-    task: Measurement, *, of: Curvature, by: By, count: int, which: Which, tolerance: float, max_iterations: int
-) -> dict[str, Eigenvalues]:
+@dataclass(frozen=True)
+class Ends:
+    """Which eigenvalues are looked for, and for how long.
+
+    Attributes:
+        count: how many; of both ends, at each.
+        which: at which end.
+        tolerance: on residuals, relative to the largest eigenvalue in modulus.
+        max_iterations: products at most.
+    """
+
+    count: int = 1
+    which: Which = "both"
+    tolerance: float = 1e-3
+    max_iterations: int = MAX_ITERATIONS
+
+    def __post_init__(self) -> None:
+        """Raise :class:`InvalidArgumentError` where a number is out of its range."""
+        require_integer("count", self.count, 1)
+        require_one_of("which", self.which, get_args(Which))
+        require_number("tolerance", self.tolerance, zero=True)
+        require_integer("max_iterations", self.max_iterations, 1)
+
+
+def eigenvalues(task: Measurement, ends: Ends, *, of: Curvature, by: By) -> dict[str, Eigenvalues]:
     """Largest and smallest eigenvalues of each block.
 
     See :meth:`secorder.CurvatureProbe.hessian_eigenvalues`, which this function carries out.
@@ -65,22 +87,13 @@ def eigenvalues(
     bar = progress_bar(task.progress, "Eigenvalues", len(task.layers), unit="layers")
     with bar as advance, closing(operators(task, of)) as blocks:
         for layer, product in blocks:
-            found |= _of_layer(task, layer, product, by, count, which, tolerance, max_iterations)
+            found |= _of_layer(task, layer, product, by, ends)
             advance(1)
     order = {x.name if by == "layer" else x.parameter_name(y): 0 for x in task.layers for y in x.parameters}
     return {name: found[name] for name in order}
 
 
-def _of_layer(
-    task: Measurement,
-    layer: Layer,
-    product: Operator | None,
-    by: By,
-    count: int,
-    which: Which,
-    tolerance: float,
-    max_iterations: int,
-) -> dict[str, Eigenvalues]:
+def _of_layer(task: Measurement, layer: Layer, product: Operator | None, by: By, ends: Ends) -> dict[str, Eigenvalues]:
     """Of one layer's block, or of its parameters'."""
     found: dict[str, Eigenvalues] = {}
     total = sum(layer.sizes())
@@ -88,11 +101,11 @@ def _of_layer(
     for name, block in blocks.items():
         size = block.stop - block.start
         if product is None or not size:
-            found[name] = nothing(min(count, size), which)
+            found[name] = nothing(min(ends.count, size), ends.which)
             continue
         start = start_of(task, layer, product, block)
         part = product if len(blocks) == 1 else restricted(product, block, total)
-        found[name] = lanczos(part, start, count, tolerance, min(max_iterations, size), which)
+        found[name] = lanczos(part, start, replace(ends, max_iterations=min(ends.max_iterations, size)))
     return found
 
 
@@ -139,21 +152,14 @@ def restricted(product: Operator, block: slice, size: int) -> Operator:
     return restricted
 
 
-def lanczos(
-    product: Callable[[Tensor], Tensor],
-    start: Tensor,
-    count: int,
-    tolerance: float,
-    iterations: int,
-    which: Which = "both",
-) -> Eigenvalues:
+def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, ends: Ends) -> Eigenvalues:
     """Extreme eigenvalues of a symmetric operator by Lanczos iteration with full reorthogonalisation.
 
-    From a random vector, by so many products at most; the tolerance is relative to the largest eigenvalue in modulus.
+    From a random vector.
 
     Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
     """
-    steps = lanczos_steps(start, count, tolerance, iterations, which)
+    steps = lanczos_steps(start, ends)
     vector = next(steps)
     while True:
         try:
@@ -163,14 +169,13 @@ def lanczos(
             return result
 
 
-def lanczos_steps(
-    start: Tensor, count: int, tolerance: float, iterations: int, which: Which = "both"
-) -> Generator[Tensor, Tensor, Eigenvalues]:
+def lanczos_steps(start: Tensor, ends: Ends) -> Generator[Tensor, Tensor, Eigenvalues]:
     """:func:`lanczos` that yields each vector whose product it is to be sent.
 
     Two products in turn must meet the tolerance: one may do so without an extreme eigenvalue, of whose vector the start
     had next to nothing, and which the next one mostly shows.
     """
+    count, which, iterations = ends.count, ends.which, ends.max_iterations
     space = start.new_empty(min(iterations, FIRST_ROWS), start.numel())  # the basis, with room to grow
     torch.div(start, start.norm(), out=space[0])
     alphas: list[float] = []
@@ -195,9 +200,9 @@ def lanczos_steps(
             values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
             size = values.abs().max().item()
             above, below = _asked(values.tolist(), count, which)
-            ends = vectors[-1, above + below].abs().max().item()
-            lack, bound = skew if skew > rounding(start.dtype) * size else 0.0, tolerance * size
-            residual = lack + (0.0 if exhausted or step == start.numel() else beta * ends)
+            outermost = vectors[-1, above + below].abs().max().item()
+            lack, bound = skew if skew > rounding(start.dtype) * size else 0.0, ends.tolerance * size
+            residual = lack + (0.0 if exhausted or step == start.numel() else beta * outermost)
             top, bottom = values[above].tolist(), values[below].tolist()
             if last or lack > bound or (met and residual <= bound):
                 break

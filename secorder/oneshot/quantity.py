@@ -3,6 +3,7 @@
 import math
 import time
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from .._arguments import require_one_of
 from .._torch.memory import most_bytes
 from ..results import Strategy
-from .eigenvalues import TOLERANCE, Eigenvalues, lanczos, rows_of_basis, start_of
+from .eigenvalues import Eigenvalues, Ends, lanczos, rows_of_basis, start_of
 from .fisher_cost import fisher_cost
 from .fisher_pairs import FisherType
 from .hessian.budget import Budget
@@ -35,19 +36,19 @@ def quantity_cost(
     budget: Budget,
     fisher_type: FisherType,
     num_draws: int,
-    max_iterations: int,
+    ends: Ends,
 ) -> Cost:
     """What a measurement would take, layer by layer."""
     require_one_of("quantity", quantity, get_args(Quantity))
     if quantity in ("hessian", "trace"):
         return estimate_cost(task, budget, sums("layer") if quantity == "trace" else whole)
     if quantity == "eigenvalues":
-        return _krylov_cost(task, max_iterations)
+        return _krylov_cost(task, ends)
     return fisher_cost(task, fisher_type, num_draws, None if budget.rtol is None else budget)
 
 
-def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
-    """Of the iterations that a short trial tells of, for one eigenvalue at each end to the usual tolerance."""
+def _krylov_cost(task: Measurement, ends: Ends) -> Cost:
+    """Of the iterations that a short trial tells of."""
     costs: dict[str, LayerCost] = {}
 
     def opened() -> None:
@@ -68,33 +69,34 @@ def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
             before = time.perf_counter()
             allowance = TRIAL_SECONDS / len(task.layers)
             of_product = most_bytes(partial(product, vector))  # with what happens the first time alone
-            seconds, wanted = _cost_of_lanczos(product, vector, max_iterations, allowance)
+            seconds, wanted = _cost_of_lanczos(product, vector, ends, allowance)
             num_bytes = of_product + rows_of_basis(wanted) * vector.numel() * vector.element_size()
             inside += time.perf_counter() - before
             in_z = isinstance(product, ProductInZ)
             strategy = Strategy.OUTPUT_PRODUCTS if in_z else Strategy.PARAMETER_PRODUCTS
-            costs[layer.name] = LayerCost(strategy, min(max_iterations, numel), numel, num_bytes, seconds)
+            costs[layer.name] = LayerCost(strategy, min(ends.max_iterations, numel), numel, num_bytes, seconds)
     overhead = time.perf_counter() - start - inside
     return Cost({layer.name: costs[layer.name] for layer in task.layers}, overhead, kept)
 
 
-def _cost_of_lanczos(product: Operator, start: Tensor, most: int, allowance: float) -> tuple[float, int]:
+def _cost_of_lanczos(product: Operator, start: Tensor, ends: Ends, allowance: float) -> tuple[float, int]:
     """How long it takes to converge, and how many iterations, by those that there is time for.
 
     Residuals fall geometrically, about.
     """
-    most, count = min(most, len(start)), _FIRST
+    most, count = min(ends.max_iterations, len(start)), _FIRST
     told: list[Eigenvalues] = []
     begun = time.perf_counter()
     while True:
-        seconds = seconds_of(lambda: told.append(lanczos(product, start, 1, TOLERANCE, min(count, most))))  # noqa: B023
+        some = replace(ends, max_iterations=min(count, most))
+        seconds = seconds_of(lambda: told.append(lanczos(product, start, some)))  # noqa: B023
         found = told[-1]
         if found.converged or count >= most:
             return seconds, found.num_hvps
         if time.perf_counter() - begun > allowance:
             break
         count *= 2
-    fallen = math.log(found.residual / max(abs(found.top[0]), abs(found.bottom[0]), 1e-300))
-    wanted = found.num_hvps * math.log(TOLERANCE) / fallen if fallen < 0 else most
+    fallen = math.log(found.residual / max(1e-300, *map(abs, found.top + found.bottom)))
+    wanted = found.num_hvps * math.log(max(ends.tolerance, 1e-300)) / fallen if fallen < 0 else most
     wanted = min(most, max(wanted, found.num_hvps))
     return seconds * wanted / found.num_hvps, math.ceil(wanted)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import secorder.oneshot.eigenvalues
 from secorder import CurvatureProbe, InvalidArgumentError
-from secorder.oneshot.eigenvalues import lanczos, nothing, start_of
+from secorder.oneshot.eigenvalues import Ends, lanczos, nothing, start_of
 from secorder.oneshot.operators import ProductInZ, ProductOnParameters, operators
 
 from ..helpers import Twice, data, make, mlp, seeded
@@ -124,7 +124,7 @@ def test_one_end_of_a_zero() -> None:
 def test_the_largest_takes_fewer_products_than_both_ends() -> None:
     values = torch.cat([torch.linspace(-1, 1, 400), torch.tensor([3.0, 5.0])])
     start = torch.randn(402, generator=seeded())
-    found, both = (lanczos(lambda v: values * v, start, 1, 1e-3, 402, which) for which in ("largest", "both"))
+    found, both = (lanczos(lambda v: values * v, start, Ends(1, which, 1e-3, 402)) for which in ("largest", "both"))
     assert found.converged
     assert (found.top, found.bottom) == (pytest.approx([5.0], rel=1e-6), [])
     assert found.num_hvps < both.num_hvps
@@ -163,12 +163,12 @@ def test_no_more_products_than_the_tolerance_takes() -> None:
     values = torch.cat([torch.linspace(-1, 1, 40), torch.tensor([3.0, 5.0])])
     start = torch.randn(42, generator=seeded())
     asked = 1e-4
-    found = lanczos(lambda v: values * v, start, 1, asked, 42)
+    found = lanczos(lambda v: values * v, start, Ends(1, "both", asked, 42))
     assert found.converged
     assert found.top == pytest.approx([5.0], rel=1e-7)
     assert found.bottom == pytest.approx([-1.0], rel=1e-4)
     assert found.residual <= asked * 5
-    before = lanczos(lambda v: values * v, start, 1, asked, found.num_hvps - 2)
+    before = lanczos(lambda v: values * v, start, Ends(1, "both", asked, found.num_hvps - 2))
     assert not before.converged
     assert before.residual > asked * 5
 
@@ -179,7 +179,7 @@ def test_another_eigenvalue_does_not_pass_for_an_extreme_one(size: int, rank: in
     generator = seeded(seed)
     values = torch.zeros(size)
     values[:rank] = torch.randn(rank, generator=generator)
-    found = lanczos(lambda v: values * v, torch.randn(size, generator=generator), 1, 1e-3, size)
+    found = lanczos(lambda v: values * v, torch.randn(size, generator=generator), Ends(max_iterations=size))
     assert found.converged
     within = 1e-3 * values.abs().max().item()
     assert found.top == pytest.approx([values.max().item()], abs=within)
@@ -208,7 +208,7 @@ def test_what_products_lack_of_a_symmetric_matrix_is_told(skew: float) -> None:
     def product(v: Tensor) -> Tensor:
         return values * v + beside @ v if skew else (values * v).clamp(-1.0, 1.0)
 
-    found = lanczos(product, torch.randn(9, generator=seeded()), 1, 1e-3, 9)
+    found = lanczos(product, torch.randn(9, generator=seeded()), Ends(max_iterations=9))
     assert not found.converged
     assert found.residual > 0.01
     assert found.num_hvps <= 9

@@ -1,6 +1,7 @@
 """What each measurement would take."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe, InvalidArgumentError, Strategy
+from secorder.oneshot import quantity as quantity_module
+from secorder.oneshot.eigenvalues import Ends, lanczos
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.quantity import quantity_cost
 
@@ -16,7 +19,7 @@ from ..helpers import data, measured, mlp, seed, seeded
 
 
 def cost(quantity: str, **options: object) -> object:
-    how = {"fisher_type": "mc", "num_draws": 5, "max_iterations": 7, **options}
+    how = {"fisher_type": "mc", "num_draws": 5, "ends": Ends(max_iterations=7), **options}
     return measured(lambda task: quantity_cost(task, quantity, Budget("exact"), **how), mlp(), data())  # type: ignore[arg-type]
 
 
@@ -24,7 +27,11 @@ def test_products_are_those_of_what_was_asked() -> None:
     assert {c.num_hvps for c in cost("fisher").values()} == {5}
     assert {c.num_hvps for c in cost("eigenvalues").values()} == {7}
     assert {c.strategy for c in cost("eigenvalues").values()} == {Strategy.OUTPUT_PRODUCTS}
-    assert {c.num_hvps for c in cost("eigenvalues", max_iterations=10**6).values()} == {30, 35, 18}  # of the parameters
+    assert {c.num_hvps for c in cost("eigenvalues", ends=Ends(max_iterations=10**6)).values()} == {
+        30,
+        35,
+        18,
+    }  # of the parameters
     assert cost("trace") == cost("hessian")
 
 
@@ -58,6 +65,25 @@ def test_memory_of_eigenvalues_is_that_which_is_spent(
             lambda: probe.hessian_eigenvalues(F.cross_entropy, *batch, generator=seeded(), max_iterations=most)
         )
     assert told / 1.5 < spent < 1.5 * told
+
+
+@pytest.mark.parametrize("ends", [{}, {"which": "top"}, {"which": "largest", "tolerance": 0.03}, {"count": 3}], ids=str)
+def test_products_of_eigenvalues_are_those_of_the_ends_that_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, ends: dict[str, Any]
+) -> None:
+    seed()
+    found = []
+    monkeypatch.setattr(quantity_module, "TRIAL_SECONDS", 600.0)  # until it converges
+    monkeypatch.setattr(quantity_module, "_FIRST", 200)
+    monkeypatch.setattr(quantity_module, "lanczos", lambda *how: found.append(lanczos(*how)) or found[-1])
+    batch = torch.randn(32, 40), torch.arange(32) % 3
+    with CurvatureProbe(chain(), "all") as probe:
+        probe.estimate_cost(F.cross_entropy, *batch, quantity="eigenvalues", **ends)
+        spent = probe.hessian_eigenvalues(F.cross_entropy, *batch, generator=seeded(), **ends)
+        for name, value in ends.items():
+            with pytest.raises(InvalidArgumentError, match=f'{name}.* goes with quantity="eigenvalues"'):
+                probe.estimate_cost(F.cross_entropy, *batch, **{name: value})
+    assert [f.num_hvps for f in found] == pytest.approx([f.num_hvps for f in spent.values()], rel=0.25)
 
 
 def test_others_are_refused() -> None:
