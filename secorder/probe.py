@@ -460,6 +460,9 @@ class CurvatureProbe:
             return self._read(diagonals, synchronize, missing)
         check_fisher_type(fisher_type, num_draws)
         require_one_of("missing", missing, get_args(Missing))
+        refuse_given(
+            "goes with what training accumulated, without loss_fn.", missing=missing if missing == "skip" else None
+        )
         require_flag("synchronize", synchronize)
         options = _options(generator, chunk_size, progress, create_graph)
         budget = fisher_budget(fisher_type, rtol, max_draws, create_graph=create_graph)

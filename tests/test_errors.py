@@ -240,6 +240,11 @@ def test_arguments_of_a_measurement_without_a_loss(arguments: dict[str, Any]) ->
         assert set(probe.fisher_diagonal()) == {"0", "2"}
 
 
+def test_a_measurement_with_a_loss_has_no_layers_to_skip() -> None:
+    with pytest.raises(InvalidArgumentError, match="missing='skip' goes with what training accumulated"):
+        CurvatureProbe(make()).fisher_diagonal(F.cross_entropy, *data(), missing="skip")
+
+
 LOSS = torch.nn.CrossEntropyLoss
 
 
@@ -261,7 +266,7 @@ LOSS = torch.nn.CrossEntropyLoss
         ),
         (lambda m, x, y: diagnose(m, LOSS(), [x, y]), "pass them as two arguments"),
         (lambda m, x, y: CurvatureProbe(m).fisher_diagonal(LOSS(), (x, y)), "pass them as two arguments"),
-        (lambda m, x, y: CurvatureProbe(m).hessian_diagonal(LOSS(), x), "there are no targets"),
+        (lambda m, x, y: CurvatureProbe(m).hessian_diagonal(LOSS(), x), "failed without targets"),
     ],
 )
 def test_misuse_is_told_in_our_own_words(measure: Callable[..., Any], message: str) -> None:

@@ -225,7 +225,7 @@ def test_command_line_options(factory: str, capsys: pytest.CaptureFixture[str]) 
         (["made_for_test:loss_class"], "pass CrossEntropyLoss()"),
         (["made_for_test:float_targets"], "the loss of the first batch failed: RuntimeError"),
         (["made_for_test:wrong_width"], "the loss of the first batch failed: RuntimeError"),
-        (["made_for_test:dicts"], "there are no targets, and calling failed: pass them. (Sequential.forward()"),
+        (["made_for_test:dicts"], "the call failed without targets: pass targets. (Sequential.forward()"),
         (["made_for_test:Returning.missing"], "has no function 'Returning.missing'"),
         (["made_for_test:exiting"], "made_for_test:exiting failed: SystemExit: usage: train.py"),
         (["made_for_test:triples"], "must yield (inputs, targets), got 3 parts"),

@@ -321,8 +321,9 @@ def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -
         if not isinstance(pattern, str):
             raise InvalidTypeError(f"layers must hold module names, got {type(pattern).__name__}.")
         if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in named):
-            known = ", ".join(repr(name) for name in list(named)[:8])
-            raise InvalidArgumentError(f"no module is named or matches {pattern!r}; the model has {known}, ….")
+            names = [repr(name) for name in named if name]
+            known = ", ".join([*names[:8], "…"] if len(names) > 8 else names)
+            raise InvalidArgumentError(f"no module's name matches {pattern!r}: the model has {known}.")
     wanted = [pattern for pattern in given if not pattern.startswith("!")]
     left_out = [pattern[1:] for pattern in given if pattern.startswith("!")]
     return (None if left_out and not wanted else wanted), left_out

@@ -62,17 +62,17 @@ def explains_missing_targets(inputs: Any, targets: Any) -> Iterator[None]:
     except TypeError as error:
         if targets is not None:
             raise
-        advice = _advice(inputs) if isinstance(inputs, (tuple, list)) else "pass them"
-        raise InvalidArgumentError(f"there are no targets, and calling failed: {advice}. ({error})") from error
+        advice = _advice(inputs) if isinstance(inputs, (tuple, list)) else "pass targets"
+        raise InvalidArgumentError(f"the call failed without targets: {advice}. ({error})") from error
 
 
 def _advice(inputs: Sequence[Any]) -> str:
     """What a tuple or list that was taken for several inputs of the model may have been meant to be."""
     if inputs and all(isinstance(x, (tuple, list)) for x in inputs):
-        return f"if each entry is a batch, let it be a pair (inputs, targets), not of {len(inputs[0])} entries"
+        return f"if each entry is a batch, make it a pair (inputs, targets) in place of {len(inputs[0])} entries"
     if len(inputs) > 2:
-        return "all entries were taken for inputs of the model: let a batch be a pair (inputs, targets)"
-    return "if the inputs are (inputs, targets), pass them as two arguments" if len(inputs) == 2 else "pass them"
+        return "all entries were passed to the model: make each batch a pair (inputs, targets)"
+    return "if the inputs are (inputs, targets), pass them as two arguments" if len(inputs) == 2 else "pass targets"
 
 
 def check_loss(loss: Any, isolated: IsolatedModel, inputs: Any) -> Tensor:

@@ -15,8 +15,9 @@ def warn_if_estimated(draws: Mapping[str, int]) -> None:
     drawn = [name for name, count in draws.items() if count]
     if drawn:
         caution(
-            f"{len(drawn)} of {len(draws)} layers were estimated ({_some(drawn)}), since exact ones would take long: "
-            'pass method="exact" for exact ones, or see estimate_cost; their errors are in the result.'
+            f"{len(drawn)} of {len(draws)} layers were estimated ({_some(drawn)}), since exact results take too long: "
+            'pass method="exact" to have them all the same (estimate_cost tells how long); the result has the standard '
+            "errors."
         )
 
 

@@ -129,6 +129,8 @@ def close(fisher: OnlineFisher, backward: Backward, records: Sequence[ForwardRec
         _add_penalty(fisher, backward, records)
         return
     _audit(fisher, backward)
+    if fisher.troubles.strict and (failed := failed_audits(fisher)):
+        fisher.troubles.mark(failed, fisher.troubles.outside(failed[0]))
     if fisher.ranks is not None and groups:
         share_troubles(fisher, fisher.ranks)
 
@@ -274,6 +276,11 @@ def _audit_trained(fisher: OnlineFisher, record: ForwardRecord, index: int) -> N
         if p.requires_grad and p.grad is not None and fisher.uncalled.trained(p):
             fisher.troubles.saw_at("uncalled", [layer.name])
             fisher.failures.counts[index].add_(entries(local(p.grad)).abs().sum() != 0)
+
+
+def failed_audits(fisher: OnlineFisher) -> list[str]:
+    """The layers that have failed an audit; the host waits for the device to know."""
+    return [layer.name for layer, count in zip(fisher.layers, fisher.failures.read(), strict=True) if count]
 
 
 def audit_uncalled(fisher: OnlineFisher) -> None:

@@ -14,7 +14,7 @@ from ..errors import AttributionError, NonFiniteError, ProbeStateError, Secorder
 from ..oneshot.trace import Trace
 from ..parallel.fsdp import whole_sum
 from ..results import Diagonals, LayerInfo, Strategy
-from .closing import audit_uncalled
+from .closing import audit_uncalled, failed_audits
 from .fisher import OnlineFisher
 from .noise import NoiseScales, noise_of
 from .trace import effective_samples, trace_of
@@ -30,8 +30,8 @@ Read = tuple[WindowSums, Mapping[str, str]]
 _NOT_FINITE = 'lower the learning rate or the loss scale, or pass on_nonfinite="keep" to see them.'
 
 NO_NOISE = (
-    "the gradient of a batch's mean is not seen apart, or every batch had one sample: gradient noise needs batches of "
-    'two at least, one forward for each backward (or forwards="joined" or "separate", as it is), and no penalty=.'
+    "no batch has shown the gradient noise yet: it needs batches of at least two samples, one forward for each "
+    'backward (or forwards="joined" or "separate", whichever holds), and no penalty=.'
 )
 
 
@@ -86,8 +86,7 @@ def everything(fisher: OnlineFisher) -> WindowSums:
 def unreadable(fisher: OnlineFisher) -> dict[str, str]:
     """The layers whose number cannot be given, and why."""
     audit_uncalled(fisher)
-    failed = [layer.name for layer, count in zip(fisher.layers, fisher.failures.read(), strict=True) if count]
-    return {**{name: fisher.troubles.outside(name) for name in failed}, **fisher.troubles.marks}
+    return {**{name: fisher.troubles.outside(name) for name in failed_audits(fisher)}, **fisher.troubles.marks}
 
 
 def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | None = None) -> Diagonals:

@@ -16,29 +16,28 @@ from .samples.sample_dimension import LISTED
 
 #: Why a layer has no online Fisher where its whole gradient is not what its calls bring.
 _OUTSIDE = (
-    "its parameters get gradient from outside of the layer's calls ({}), which belongs to no sample that a hook can "
-    "see; what was accumulated since the last check that passed may hold some of it: {}leave the layer out with "
-    "layers=, or measure it with a one-shot call."
+    "a part of the gradient comes from outside of the layer's calls and belongs to no single sample ({}), so that "
+    "what was accumulated since the last passed check may be wrong: {}leave the layer out with layers=, or measure it "
+    "with a one-shot call."
 )
 OUTSIDE = _OUTSIDE.format(
-    "a tied weight, a weight penalty in the loss, a use such as F.linear(x, layer.weight), a call of the layer before "
-    "or after the model's forward, a derivative that the model takes of itself, or the loss of its output (let the "
-    "model return what the loss is the mean of), a method such as get_value(x) that is called in place of the model, "
-    "or another loss in a second backward through one forward",
-    'pass penalty="shared" where it is a term of the loss that is the same for each sample, ',
+    "such as a weight penalty in the loss, a tied weight, F.linear(x, layer.weight), a call of the layer, or of a "
+    "method such as get_value(x), outside the model's forward, a derivative of the model's output in the loss, or a "
+    "second backward through one forward",
+    'pass penalty="shared" if it is a penalty in the loss, ',
 )
 
 #: What it is most likely, by what the hooks saw at the layer, the surest first; and what to do.
 OUTSIDE_CAUSES = {
     "second": ("another loss in a second backward through one forward", "add the losses and call backward once, "),
     "derivative": (
-        "a derivative of the model's output that the loss is made of, such as a gradient penalty",
-        "let the model itself return what the loss is the mean of, ",
+        "a derivative of the model's output in the loss, such as a gradient penalty",
+        "let the model itself return the terms whose mean is the loss, ",
     ),
     "uncalled": (
-        "a method such as get_value(x) that is called in place of the model, a weight penalty, or a running average of "
-        "other weights, since no recorded forward has called it",
-        'attach to the module that is called, pass penalty="shared" where it is a penalty that is a term of the loss, ',
+        "a method such as get_value(x) called in place of the model, a weight penalty, or a running average of other "
+        "weights, since no recorded forward has called the layer",
+        'attach to the module that is called, pass penalty="shared" if it is a penalty in the loss, ',
     ),
 }
 
@@ -55,12 +54,14 @@ CAUSES = {
         "can run: attach to what torch.compile returned for the model, or run every k-th step uncompiled."
     ),
     "traced": "The model was traced or exported while the probe was attached, which is not recorded.",
-    "transformed": "It was called inside of a transform (torch.func.grad, vmap, jvp), which is not recorded.",
-    "no grad": "It was called under torch.no_grad or in inference mode.",
-    "computed": "It was called with parameters that are computed from others (torch.func.functional_call).",
-    "paused": "It was called inside of probe.paused().",
-    "no gradient": "Its output did not depend on any parameter that requires a gradient.",
-    "forward": "It was called, and no backward has reached its parameters since (torch.autograd.grad does not count).",
+    "transformed": "The model was called inside a transform (torch.func.grad, vmap, jvp), which is not recorded.",
+    "no grad": "The model was called under torch.no_grad or in inference mode.",
+    "computed": "The model was called with parameters that are computed from others (torch.func.functional_call).",
+    "paused": "The model was called inside probe.paused().",
+    "no gradient": "The model's output did not depend on any parameter that requires a gradient.",
+    "forward": (
+        "The model was called, but no backward has reached its parameters since (torch.autograd.grad does not count)."
+    ),
     "empty": "A batch was empty.",
     "verification failed": "Running the model to see where samples are failed; see the warning.",
     "not finite": "The model's output held nan or inf.",
@@ -76,16 +77,13 @@ CAUSES = {
 BESIDE_OTHERS = frozenset(("no grad", "no gradient"))
 
 _IN_ITS_PLACE = (
-    "methods of it that are called in its place (such as model.forward(x), agent.get_value(x), "
-    "policy.evaluate_actions(x) or flow.log_prob(x)), a parent that calls its parts, and copies of it (copy.copy, "
-    "copy.deepcopy) run no hook of it: attach to the modules that are called{}, or to one of your own whose forward "
-    "calls the method."
+    "hooks run only when the module itself is called, as model(x), and not for its methods (model.forward(x), "
+    "policy.evaluate_actions(x)), for a parent that calls its parts, or for a copy: attach to the modules that are "
+    "called{}, or to one of your own whose forward calls the method."
 )
 _NEVER_CALLED = (
-    f"The model that the probe is attached to was not called: {_IN_ITS_PLACE} A model that torch.compile had run "
-    "before the probe was attached, or another of its class, ignores hooks, too: attach to what torch.compile returned."
-    " A training step that is compiled as one graph (fullgraph=True) hides the model from hooks: run every k-th step "
-    "uncompiled."
+    f"The model that the probe is attached to was not called: {_IN_ITS_PLACE} If it is compiled, attach to what "
+    "torch.compile returned; if the whole training step is compiled (fullgraph=True), run every k-th step uncompiled."
 )
 _BY_OTHERS = f"Its parameters got gradients all the same: {_IN_ITS_PLACE}"
 
@@ -184,8 +182,8 @@ class Troubles:
             others = f" (perhaps {', '.join(map(repr, called))})" if called else ""
             told.append((_BY_OTHERS if told else _NEVER_CALLED).format(others))
         return (
-            "nothing is accumulated yet: train with the probe attached (a forward of the model, then backward), or "
-            f"pass loss_fn, inputs and targets for a one-shot measurement. {' '.join(told)}"
+            "nothing is accumulated yet: call the model and then backward() with the probe attached, or pass loss_fn, "
+            f"inputs and targets for a one-shot measurement. {' '.join(told)}"
         )
 
 

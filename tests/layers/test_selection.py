@@ -110,7 +110,7 @@ def test_what_cannot_be_told_is_left_out_as_the_error_says() -> None:
         step(model, batch)
         assert probe.layer_names == ["head"]
         assert set(probe.fisher_diagonal()) == {"head"}
-    with pytest.raises(InvalidArgumentError, match="no module is named or matches '!nothing'"):
+    with pytest.raises(InvalidArgumentError, match="no module's name matches '!nothing'"):
         CurvatureProbe(model, layers="!nothing")
 
 

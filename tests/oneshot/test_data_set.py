@@ -157,7 +157,7 @@ def test_batches_without_samples_count_as_nothing() -> None:
 def test_misuse_is_told() -> None:
     with CurvatureProbe(mlp()) as probe:
         for data, error, match in (
-            (iter([X, X]), InvalidArgumentError, "there are no targets"),
+            (iter([X, X]), InvalidArgumentError, "failed without targets"),
             (iter([(X, Y, X)]), InvalidTypeError, "must yield"),
             (iter(["text"]), InvalidTypeError, "must yield"),
             (TensorDataset(X, Y), InvalidTypeError, "DataLoader of it"),

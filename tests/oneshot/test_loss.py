@@ -96,7 +96,7 @@ def test_batches_that_are_no_pairs_are_told() -> None:
     x, y = data()
     names = ["a"] * 6
     for batches in ([(x, y, y)], [(x, y, names), (x, y, names)]):
-        with pytest.raises(InvalidArgumentError, match=r"let it be a pair \(inputs, targets\), not of 3 entries"):
+        with pytest.raises(InvalidArgumentError, match=r"make it a pair \(inputs, targets\) in place of 3"):
             per_layer_fisher_diagonal(make(), F.cross_entropy, batches)
-    with pytest.raises(InvalidArgumentError, match=r"let a batch be a pair \(inputs, targets\)"):
+    with pytest.raises(InvalidArgumentError, match=r"make each batch a pair \(inputs, targets\)"):
         per_layer_fisher_diagonal(make(), F.cross_entropy, (x, y, y))

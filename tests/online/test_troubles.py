@@ -42,6 +42,14 @@ def test_a_strict_one_raises_at_once() -> None:
         Troubles(["a", "b"], strict=True).mark(["a", "b"], "why")
 
 
+def test_what_an_audit_finds_is_raised_at_once_where_the_probe_is_strict() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    with CurvatureProbe(model, reduction="mean", strict=True):
+        loss = model(torch.randn(8, 4)).square().sum(1).mean() + sum(p.square().sum() for p in model.parameters())
+        with pytest.raises(AttributionError, match="a weight penalty in the loss"):
+            loss.backward()
+
+
 def test_why_nothing_was_accumulated_goes_by_what_was_seen() -> None:
     troubles = Troubles(["a"], strict=False)
     assert "was not called" in troubles.nothing_accumulated(nn.Linear(2, 3), [])

@@ -38,7 +38,10 @@ def loss_scale_of(given: LossScale) -> Callable[[], float]:
     if callable(given):
         return given
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < math.inf:
-        raise InvalidArgumentError(f"loss_scale must be a positive number, or return one, got {shown(given)}.")
+        raise InvalidArgumentError(
+            'loss_scale must be a positive number, a GradScaler, a function that returns a number, or "returned", got '
+            f"{shown(given)}."
+        )
     return _Constant(float(given))
 
 
@@ -56,7 +59,7 @@ def usable_scale(function: Callable[[], float]) -> float:
     except (TypeError, ValueError, RuntimeError):
         scale = 0.0
     if not scale or not math.isfinite(scale):
-        raise InvalidArgumentError(f"loss_scale= returned {told!r}, by which gradients cannot be divided.")
+        raise InvalidArgumentError(f"loss_scale= returned {told!r}: it must return a finite number, not zero.")
     return scale
 
 
