@@ -100,15 +100,24 @@ def hides(node: Node) -> bool:
     return not operation_of(node) or recomputed(node) is not False
 
 
-def multiplier(node: Node, index: int, leads: Collection[Node]) -> Tensor | None:
-    """What a node multiplies an input by, number by number; None where that is no constant, as ``leads`` are none."""
+def multiplier(node: Node, index: int, leads: Collection[Node], most: int = 0) -> Tensor | None:
+    """What a node multiplies an input by, number by number; None where that is no constant, as ``leads`` are none.
+
+    Of operations that are no products, those are looked at that make ``most`` numbers, and no more than they are given,
+    for one factor of all: they are linear where what they make of a gradient does not depend on their inputs.
+    """
     others = [before for k, (before, _) in enumerate(node.next_functions) if k != index and before in leads]
-    if operation_of(node) not in PRODUCTS or others or (operation_of(node) == "Div" and index):
+    product = operation_of(node) in PRODUCTS and not others and not (operation_of(node) == "Div" and index)
+    small = prod(shape_of(node, 0)) <= min(most, prod(shape_of(*node.next_functions[index])))
+    if not product and not (small and len(node._input_metadata) == 1):
         return None
     ones = ones_for(node)
     if operation_of(node) in ("Div", "Mul") and not ones.is_complex():  # a twelfth is none in half precision
         ones = ones.to(torch.promote_types(ones.dtype, torch.float32))
-    return run_node(node, [ones], index)
+    with torch.enable_grad():
+        found = run_node(node, [ones], index)
+    linear = product or not (found.requires_grad or (found.numel() and not uniform(found)))
+    return found.detach() if linear else None
 
 
 def divides_by_tensor(node: Node) -> bool:

@@ -14,6 +14,7 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..._torch.graph import Node, operation_of, shape_of
 from ..._torch.loss_graph import UnknownNode
@@ -93,8 +94,8 @@ def paths_of(loss: SeenLoss, samples: int, told: str) -> set[Path]:
     walk = _Walk(loss, samples, told, leads, sizes, Counter(map(operation_of, loss.order)))
     found: dict[Node, set[Path]] = {}
     for (node, _), g in loss.roots.items():
-        if not g.dim():
-            found.setdefault(node, set()).add(_scaled(walk, Path(), float(g), divides=False, whole=True))
+        if g.numel() and uniform(g.abs()):  # others, such as of a loss that this graph does not hold, tell nothing
+            found.setdefault(node, set()).update(_multiplied(walk, [Path()], g.abs(), whole=not g.dim()))
     for node in loss.order:
         paths = found.pop(node, set())
         paths = paths if len(paths) <= MOST else {x._replace(scale=1.0) for x in paths}
@@ -103,7 +104,15 @@ def paths_of(loss: SeenLoss, samples: int, told: str) -> set[Path]:
                 curved = operation_of(node) in CURVED
                 on = [x._replace(inside=x.inside or curved) for x in _through(walk, paths, node, index)]
                 found.setdefault(before, set()).update(on)
-    return set().union(*(found.get(end, set()) for end in ends))
+    return {_in_all(walk, path) for end in ends for path in found.get(end, ())}
+
+
+def _in_all(walk: _Walk, path: Path) -> Path:
+    """Behind factors that are one over the number of samples together alone, such as those of a running mean."""
+    if path.power or path.likely or path.mean:
+        return path
+    power = _scaled(walk, path._replace(inside=False, scale=1.0), path.scale, whole=True)
+    return power._replace(scale=path.scale, inside=path.inside)
 
 
 def _through(walk: _Walk, paths: Collection[Path], node: Node, index: int) -> list[Path]:
@@ -114,21 +123,31 @@ def _through(walk: _Walk, paths: Collection[Path], node: Node, index: int) -> li
         return [_added(walk, path, count) for path in paths]
     if rows := selected(node):
         return [_chosen(walk, path, *rows) for path in paths]
-    by = multiplier(node, index, walk.leads)
+    by = multiplier(node, index, walk.leads, walk.samples)
     if by is None or not by.numel():
         return list(paths)
-    if not uniform(by):  # weights that add up to one, or that are a part of each sample's loss
-        one = not by.numel() % walk.samples and abs(float(by.sum()) - 1) < 1e-5
-        return [path._replace(power=path.power - one, mean=path.mean or one) for path in paths]
-    factor = abs(float(by.flatten()[0]))
-    if not factor:  # a term that is switched off
-        return []
-    if node.next_functions[index] in walk.loss.outputs and _whole(walk, factor**-2) in walk.sizes:
+    if node.next_functions[index] in walk.loss.outputs and uniform(by) and _squared(walk, by) in walk.sizes:
         # Of outputs that may be squared later nothing is known; a temperature's square outside is no number of samples.
         paths = [path._replace(likely=0) for path in paths if path.inside]
     whole = prod(shape_of(node, 0)) == 1
     divides, counted = operation_of(node) == "Div", divides_by_tensor(node)
-    return [_scaled(walk, path, factor, divides=divides, whole=whole, counted=counted) for path in paths]
+    return _multiplied(walk, paths, by, divides=divides, whole=whole, counted=counted)
+
+
+def _multiplied(walk: _Walk, paths: Collection[Path], by: Tensor, **how: bool) -> list[Path]:
+    """Behind a product with constants; without those of terms that are switched off. See :func:`_scaled`."""
+    if uniform(by):
+        factor = abs(float(by.flatten()[0]))
+        return [_scaled(walk, path, factor, **how) for path in paths] if factor else []
+    # Weights that add up to one, or that are a part of each sample's loss.
+    one = not by.numel() % walk.samples and abs(float(by.sum()) - 1) < 1e-5
+    return [path._replace(power=path.power - one, mean=path.mean or one) for path in paths]
+
+
+def _squared(walk: _Walk, by: Tensor) -> int:
+    """The number of samples, or a multiple of it, that the square of a constant is one over; else 0."""
+    factor = float(by.flatten()[0])
+    return _whole(walk, factor**-2) if factor else 0
 
 
 def _whole(walk: _Walk, number: float) -> int:
@@ -137,7 +156,9 @@ def _whole(walk: _Walk, number: float) -> int:
     return near if near and not near % walk.samples and abs(number / near - 1) < 1e-5 else 0
 
 
-def _scaled(walk: _Walk, path: Path, factor: float, *, divides: bool, whole: bool, counted: bool = False) -> Path:
+def _scaled(
+    walk: _Walk, path: Path, factor: float, *, whole: bool, divides: bool = False, counted: bool = False
+) -> Path:
     """Behind a constant factor: one over the number of samples, or a multiple of it, or a number of its own.
 
     Of a divisor that was ``counted``, it is told also where it is less than the number of samples.

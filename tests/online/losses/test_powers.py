@@ -17,6 +17,7 @@ from secorder.online.losses import powers
 from secorder.online.losses.marks import Output
 from secorder.online.losses.powers import differ, paths_of, reduced_otherwise
 from secorder.online.losses.seen import SeenLoss, see
+from secorder.online.reading import unreadable
 
 from ...helpers import Net, data, make
 from ..loops import Followed, follow
@@ -99,6 +100,81 @@ SUMS: dict[str, Criterion] = {
     "divided twice": lambda z, t: F.cross_entropy(z, t, reduction="sum") / 2 / len(z) * 2,
     "means": lambda z, t: torch.stack([F.cross_entropy(z, t), z.square().mean()]).sum(),
 }
+
+
+def all_zero(x: Tensor) -> Tensor:
+    return torch.zeros(len(x), dtype=torch.long, device=x.device)
+
+
+def by_lerp(losses: Tensor) -> Tensor:
+    """A running mean."""
+    found = losses[0]
+    for index, own in enumerate(losses[1:], start=2):
+        found = torch.lerp(found, own, 1 / index)
+    return found
+
+
+#: Operations that add up the losses of samples, or what has them added up, with a factor: by it, a sum or a mean.
+LINEAR: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "a running sum": lambda own, by: own.cumsum(0)[-1] * by,
+    "added to": lambda own, by: torch.addmm(own.new_zeros(1, 1), torch.full_like(own, by)[None], own[:, None])[0, 0],
+    "a factor of a sum": lambda own, by: torch.add(own.new_zeros(()), own.sum(), alpha=by),
+    "a factor of a difference": lambda own, by: -torch.sub(own.new_zeros(()), own.sum(), alpha=by),
+    "a quotient added": lambda own, by: torch.addcdiv(own.new_zeros(()), own.sum(), own.new_tensor(1 / by)),
+    "a product added": lambda own, by: torch.addcmul(own.new_zeros(()), own.sum(), own.new_tensor(by)),
+    "at indices": lambda own, by: own.new_zeros(1).index_add(0, all_zero(own), own)[0] * by,
+    "at indices, by a factor": lambda own, by: own.new_zeros(1).index_add(0, all_zero(own), own, alpha=by)[0],
+    "sparse": lambda own, by: torch.sparse.mm(torch.full_like(own, by)[None].to_sparse(), own[:, None])[0, 0],
+    "by the root, twice": lambda own, by: own.sum() * by**0.5 * by**0.5,
+}
+
+#: The same of which each is a mean as it is.
+MEANS: dict[str, Callable[[Tensor], Tensor]] = {
+    "scattered": lambda own: own.new_zeros(1).scatter_reduce(0, all_zero(own), own, "mean", include_self=False)[0],
+    "at indices": lambda own: own.new_zeros(1).index_reduce(0, all_zero(own), own, "mean", include_self=False)[0],
+    "a running one": by_lerp,
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("kind", ["sum", "mean"])
+def test_factors_of_what_is_linear_are_seen_whatever_operation_it_is(name: str, kind: str) -> None:
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        own = F.cross_entropy(m(b[0]), b[1], reduction="none")
+        return LINEAR[name](own, 1.0 if kind == "sum" else 1 / len(own))
+
+    other = {"sum": "mean", "mean": "sum"}[kind]
+    assert follow(make(), [data(6), data(7)], loss, reduction=kind).exact
+    came = follow(make(), [data(6), data(7)], loss, reduction=other)
+    assert came.refused
+    assert all(f'pass reduction="{kind}"' in reason for reason in came.refused.values())
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_other_means_are_no_sums(name: str) -> None:
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        return MEANS[name](F.cross_entropy(m(b[0]), b[1], reduction="none"))
+
+    assert follow(make(), [data(6), data(7)], loss).exact
+    assert follow(make(), [data(6), data(7)], loss, reduction="sum").refused
+
+
+@pytest.mark.parametrize("kind", ["sum", "mean"])
+def test_gradients_that_backward_is_given_are_factors(kind: str) -> None:
+    """As ``loss.backward(gradient)`` is, of losses of samples."""
+
+    def told(reduction: str) -> str:
+        model = make()
+        with CurvatureProbe(model, reduction=reduction) as probe:
+            for n in (6, 7):
+                x, t = data(n)
+                F.cross_entropy(model(x), t, reduction="none").backward(
+                    torch.full((n,), 1.0 if kind == "sum" else 1 / n, dtype=torch.float64)
+                )
+            return "".join(unreadable(probe._fisher).values())
+
+    assert not told(kind)
+    assert f'pass reduction="{kind}"' in told({"sum": "mean", "mean": "sum"}[kind])
 
 
 @pytest.mark.parametrize("name", SUMS)
