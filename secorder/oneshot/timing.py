@@ -67,9 +67,10 @@ class Rehearsal:
 
 def seconds_per_product(trial: Callable[[int], object], most: int, allowance: float) -> float:
     """Seconds of one of many products, at most so many at once, by a trial in about the seconds that are allowed."""
-    first = seconds_of(lambda: trial(1))
-    if first > max(allowance, WARM_SECONDS):
-        return first
+    few = min(2, most)  # which may be made another way than one alone, and then take longer each
+    first = seconds_of(lambda: trial(few))
+    if first > max(allowance, few * WARM_SECONDS):
+        return first / few
     one = seconds_of(lambda: trial(1))
     count = max(1, min(most, int(allowance / max(one, 1e-9))))
     return one if count == 1 else seconds_of(lambda: trial(count)) / count

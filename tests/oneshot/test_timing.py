@@ -15,7 +15,13 @@ from secorder.oneshot.timing import (
 
 @pytest.mark.parametrize(
     ("product", "allowance", "most", "batches"),
-    [(0.002, 0.01, 50, [1, 1, 5]), (0.002, 0.0, 50, [1, 1]), (0.002, 1e9, 7, [1, 1, 7]), (2.0, 0.5, 50, [1])],
+    [
+        (0.002, 0.01, 50, [2, 1, 5]),
+        (0.002, 0.0, 50, [2, 1]),
+        (0.002, 1e9, 7, [2, 1, 7]),
+        (2.0, 0.5, 50, [2]),
+        (2.0, 0.5, 1, [1]),
+    ],
 )
 def test_two_trials_tell_what_one_product_takes(
     monkeypatch: pytest.MonkeyPatch, product: float, allowance: float, most: int, batches: list[int]
@@ -30,6 +36,18 @@ def test_two_trials_tell_what_one_product_takes(
 
     assert seconds_per_product(trial, most, allowance) == pytest.approx(product, rel=0.01)
     assert made == batches
+
+
+def test_several_products_at_once_may_take_longer_each_than_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def trial(count: int) -> None:
+        now[0] += count * (0.02 if count == 1 else 0.035)
+
+    for allowance in (0.01, 1.0):
+        assert seconds_per_product(trial, 16, allowance) == pytest.approx(0.035)
+    assert seconds_per_product(trial, 1, 0.01) == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize(

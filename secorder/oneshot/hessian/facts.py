@@ -38,7 +38,7 @@ class Facts:
         chain_products: rows of each sample's Hessian in z that are carried to it, as many as products with a basis.
         chain_seconds: what that took in a short trial, from the place before it; None where none was made.
         basis_work: multiplications that products with the basis of z, or of the parameters, would take.
-        passed: numbers that a product passes through: recorded activations and outputs.
+        passed: numbers that a product passes through: activations that were recorded from the layer on, and outputs.
         passed_by_column: numbers that a column passes through: the outputs.
         output_elements: numbers that a product in z keeps at a time, about.
         parameter_elements: numbers that a product on the parameters keeps at a time, about.

@@ -117,8 +117,7 @@ def attached(
     if not loss.requires_grad:
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
     outputs = sum(t.numel() for t in tensors_in(output) if t.requires_grad)
-    passed = outputs + sum(t.numel() for t in tensors_in(list(recording.leaves.values())))
-    facts = {x.name: _first_facts(task, recording, x, outputs, passed) for x in task.layers}
+    facts = {x.name: _first_facts(task, recording, x, outputs) for x in task.layers}
     graphs = {
         x.name: LayerGraph(x, recording.inputs.get(x.name, []), recording.leaves.get(x.name, [])) for x in task.ruled
     }
@@ -128,21 +127,22 @@ def attached(
     return found, output, loss
 
 
-def _first_facts(task: Measurement, recording: Recording, layer: Layer, outputs: int, passed: int) -> Facts:
+def _first_facts(task: Measurement, recording: Recording, layer: Layer, outputs: int) -> Facts:
     numel = sum(layer.sizes())
-    z = sum(leaf.numel() for leaf in recording.leaves.get(layer.name, []))
-    called = list(recording.leaves)
-    after = called[called.index(layer.name) :] if layer.name in called else []
-    widest = max((leaf.numel() for name in after for leaf in recording.leaves[name]), default=0)  # on a product's way
+    sizes = {name: [leaf.numel() for leaf in leaves] for name, leaves in recording.leaves.items()}
+    z = sum(sizes.get(layer.name, []))
+    called = list(sizes)
+    after = [n for name in called[called.index(layer.name) :] for n in sizes[name]] if layer.name in called else []
+    every = [n for name in called for n in sizes[name]]
     return Facts(
         layer.name,
         numel,
         used=numel > 0,
         outputs=z // task.num_samples,
-        passed=passed,
+        passed=outputs + sum(after or every),
         passed_by_column=outputs,
-        output_elements=max(2 * z, 2 * widest, outputs),
-        parameter_elements=max(4 * (numel + sum(t.numel() for t in tensors_in(task.inputs))), passed),
+        output_elements=max(2 * max(after, default=0), 2 * z, outputs),
+        parameter_elements=max(4 * (numel + sum(t.numel() for t in tensors_in(task.inputs))), outputs + sum(every)),
     )
 
 

@@ -165,8 +165,8 @@ def _learn(found: Findings, fact: str, trials: Mapping[str, _Trial], *, metered:
     if unknown:
         trials[unknown[0]][0](1)  # what happens the first time alone
     of_each = of_nearest([kinds[names.index(name)] for name in unknown], seconds)
-    for name, (told, _) in zip(unknown, of_each, strict=True):
-        found.learn(name, **{fact: told})
+    for name, (told, place) in zip(unknown, of_each, strict=True):  # as much longer as more comes after it
+        found.learn(name, **{fact: told * found.facts[name].passed / max(1, found.facts[unknown[place]].passed)})
     if metered:
         for name, (metered_bytes, _) in zip(names, of_nearest(kinds, num_bytes, METERED_SECONDS), strict=True):
             found.learn(name, num_bytes=metered_bytes)

@@ -245,3 +245,24 @@ def test_draws_of_layers_that_are_not_tried_take_as_much_longer_as_their_product
     first = told["seconds"][layers[0].name]
     assert drawn == {name: pytest.approx(5.0 * told["seconds"][name] / first) for name in drawn}
     assert len(set(drawn.values())) == len(drawn) > 1
+
+
+@pytest.mark.usefixtures("no_chain")
+def test_products_of_layers_that_are_not_tried_take_as_much_longer_as_more_comes_after_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trials, "of_nearest", lambda kinds, tell, most=0.0: [(tell(1), 1) for _ in kinds])
+    monkeypatch.setattr(trials, "seconds_per_product", lambda *_: 3.0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def work(task: Measurement) -> dict[str, Facts]:
+        with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+            budget = Budget("auto", num_draws=2, max_hvps=0, max_seconds=1.0)
+            found = investigate(task, recording, budget, columns=False)
+            learn_seconds(task, found, budget, recording)
+            return found.facts
+
+    batch = torch.randn(6, 5), torch.arange(6) % 2
+    facts = measure(work, model, select_layers(model, None), F.cross_entropy, *batch, by_sample=False)
+    assert [f.passed // 6 for f in facts.values()] == [8 + 4 + 2 + 2, 4 + 2 + 2, 2 + 2]  # and the output
+    assert [f.seconds for f in facts.values()] == pytest.approx([3.0 * 16 / 8, 3.0, 3.0 * 4 / 8])
