@@ -1,7 +1,7 @@
 """Hooks of this library on the modules of a model: known as such, silenced together, left out of copies."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -59,6 +59,21 @@ class FirstHooks:  # a handle
 def is_own(hook: Any) -> bool:
     """Whether a hook on modules is the library's."""
     return isinstance(hook, OwnHook) or isinstance(getattr(hook, "__self__", None), Aside)
+
+
+@contextmanager
+def outputs_seen(
+    modules: Iterable[tuple[str, nn.Module]], see: Callable[[str, Any], None], *, first: bool = False
+) -> Iterator[None]:
+    """Tell ``see`` by name what each module returns inside; ``first``: before other hooks make something else of it."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args, output: see(name, output)
+
+    with ExitStack() as hooks:
+        for name, module in modules:
+            hooks.enter_context(module.register_forward_hook(hook(name), prepend=first))
+        yield
 
 
 @contextmanager

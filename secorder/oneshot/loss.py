@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._arguments import require_callable
 from .._torch.graph import least_precise
+from .._torch.own_hooks import outputs_seen
 from .._torch.pytree import tensors_in
 from .._torch.vjp import gradients
 from ..errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
@@ -132,28 +133,20 @@ def _loss_of_batch(isolated: IsolatedModel, loss_fn: Any, targets: Any, inputs: 
 
 def _first_non_finite(isolated: IsolatedModel, inputs: Any) -> str:
     """Where a non-finite value began, in words (one more forward, without gradients)."""
-    if not all(bool(torch.isfinite(t).all()) for t in tensors_in(inputs) if t.is_floating_point()):
+
+    def finite(tree: Any) -> bool:
+        return all(bool(torch.isfinite(t).all()) for t in tensors_in(tree) if t.is_floating_point())
+
+    if not finite(inputs):
         return " and the inputs hold non-finite values already"
     found: list[str] = []
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not found and not all(
-                bool(torch.isfinite(t).all()) for t in tensors_in(output) if t.is_floating_point()
-            ):
-                found.append(name)
+    def see(name: str, output: Any) -> None:
+        if not found and not finite(output):
+            found.append(name)
 
-        return hook
-
-    handles = []
-    try:
-        for name, module in isolated.model.named_modules():
-            if name:
-                handles.append(module.register_forward_hook(watch(name)))
+    with outputs_seen([(name, module) for name, module in isolated.model.named_modules() if name], see):
         without_gradients(isolated.forward, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return f", first in the output of layer {found[0]!r}" if found else ""
 
 

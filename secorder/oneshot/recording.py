@@ -1,8 +1,8 @@
 """Recording the calls of layers in passes of our own."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from .._torch.engine import backward_since, current_backward
 from .._torch.graph import leaves_of
 from .._torch.modules import Place, parameter_places, put_back
 from .._torch.onednn import linear_by_onednn
+from .._torch.own_hooks import outputs_seen
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.surroundings import inside_transform
 from .._torch.versions import same_memory, version
@@ -121,14 +122,15 @@ def recorded(isolated: IsolatedModel, layers: Sequence[Layer], *, own_parameters
     fail, :class:`RecordingFailed` is raised.
     """
     recording = Recording()
-    handles = []
     taps = [_Tap(recording, x, [] if own_parameters else _places(isolated, x)) for x in layers]
     try:
-        for tap in taps:
-            if not own_parameters:
-                handles.append(tap.layer.enclosing.register_forward_pre_hook(tap.before, prepend=True))
-            handles.append(tap.layer.enclosing.register_forward_hook(tap.after, prepend=True, with_kwargs=True))
-        yield recording
+        with ExitStack() as hooks:
+            for tap in taps:
+                module = tap.layer.enclosing
+                if not own_parameters:
+                    hooks.enter_context(module.register_forward_pre_hook(tap.before, prepend=True))
+                hooks.enter_context(module.register_forward_hook(tap.after, prepend=True, with_kwargs=True))
+            yield recording
     except (SecorderError, ReplacementsBypassed, LossOverwrites):
         raise
     except Exception as error:
@@ -136,8 +138,6 @@ def recorded(isolated: IsolatedModel, layers: Sequence[Layer], *, own_parameters
             raise RecordingFailed from error
         raise
     finally:
-        for handle in handles:
-            handle.remove()
         for tap in taps:  # where a forward was broken off
             put_back(tap.places)
 
@@ -147,23 +147,14 @@ def seen(layers: Sequence[Layer]) -> Iterator[Recording]:
     """Records of layers nothing but whether they hide: of such come no gradients, and they would pass for unused."""
     recording, outer = Recording(), current_backward()
 
-    def hook(name: str) -> Callable[..., None]:
-        def after(*_: Any) -> None:
-            if not torch.is_grad_enabled():
-                recording.without_graph.add(name)
-            elif backward_since(outer) and name in recording.without_graph:
-                recording.hidden.add(name)
+    def see(name: str, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            recording.without_graph.add(name)
+        elif backward_since(outer) and name in recording.without_graph:
+            recording.hidden.add(name)
 
-        return after
-
-    handles = []
-    try:
-        for layer in layers:
-            handles.append(layer.enclosing.register_forward_hook(hook(layer.name)))
+    with outputs_seen([(layer.name, layer.enclosing) for layer in layers], see):
         yield recording
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class ChainForward:

@@ -6,6 +6,7 @@ it is followed to what takes its output.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property, partial
 
 import torch
@@ -107,13 +108,10 @@ def gradients_at(
     What ``torch.autograd.grad`` hands out is that, but of a node that it goes on behind it is the gradient before.
     """
     seen: dict[Node, tuple[Tensor | None, ...]] = {}
-    nodes = dict.fromkeys(node for node, _ in outputs)
-    handles = [node.register_prehook(partial(seen.__setitem__, node)) for node in nodes]
-    try:
+    with ExitStack() as hooks:
+        for node in dict.fromkeys(node for node, _ in outputs):
+            hooks.enter_context(node.register_prehook(partial(seen.__setitem__, node)))
         found = gradients(ends, [GradientEdge(node, o.number) for node, o in outputs], cotangents)  # type: ignore[misc]
-    finally:
-        for handle in handles:
-            handle.remove()
     return [seen[node][o.number] if node in seen else g for (node, o), g in zip(outputs, found, strict=True)]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secorder._torch.own_hooks import FirstHooks, OwnHook, added_hooks_removed, suspended
+from secorder._torch.own_hooks import FirstHooks, OwnHook, added_hooks_removed, outputs_seen, suspended
 
 
 class Owner:
@@ -102,3 +102,15 @@ def test_first_hooks_come_before_all_others_and_leave_nothing() -> None:
     assert vars(layer).keys() == before.keys()
     del layer
     handles[1].remove()
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_outputs_are_seen_by_name_inside_alone(first: bool) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Identity())
+    model[1].register_forward_hook(lambda module, args, output: output + 1)
+    seen: list[tuple[str, Tensor]] = []
+    with outputs_seen(model.named_children(), lambda *told: seen.append(told), first=first):
+        result = call(model)
+    call(model)
+    assert [name for name, _ in seen] == ["0", "1"]
+    assert torch.equal(seen[1][1], seen[0][1] if first else result)

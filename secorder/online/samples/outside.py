@@ -1,6 +1,6 @@
 """Layers whose own calls are not enough: parameters used elsewhere, or no gradient on the output."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import permutations
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from ..._torch.engine import accumulate_node
 from ..._torch.graph import Users
+from ..._torch.own_hooks import outputs_seen
 from ..._torch.pytree import tensors_in
 from ...layers.selection import Layer
 from ...oneshot.isolation import IsolatedModel, isolate
@@ -20,20 +21,12 @@ def without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any) 
         return set()
     missing = {layer.name for layer in frozen}
 
-    def watch(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if any(t.requires_grad for t in tensors_in(output)):
-                missing.discard(layer.name)
+    def see(name: str, output: Any) -> None:
+        if any(t.requires_grad for t in tensors_in(output)):
+            missing.discard(name)
 
-        return hook
-
-    with isolate(model, None, []) as isolated:
-        handles = [layer.enclosing.register_forward_hook(watch(layer)) for layer in frozen]
-        try:
-            isolated.run(lambda copied: model(*copied[0], **copied[1]), arguments)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with isolate(model, None, []) as isolated, outputs_seen([(x.name, x.enclosing) for x in frozen], see):
+        isolated.run(lambda copied: model(*copied[0], **copied[1]), arguments)
     return missing
 
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..._torch.graph import Node
+from ..._torch.own_hooks import outputs_seen
 from ..._torch.pytree import tensors_in
 from ...layers.selection import Layer
 from .hypotheses import Hypothesis
@@ -95,20 +96,12 @@ def layers_of_routed_rows(
     found: set[str] = set()
     routes = _Routes(hypothesis, unowned_arguments(arguments, hypothesis))
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if any(routes.states.get(t) for t in tensors_in(output)):
-                found.add(name)
+    def see(name: str, output: Any) -> None:
+        if any(routes.states.get(t) for t in tensors_in(output)):
+            found.add(name)
 
-        return hook
-
-    handles = [layer.enclosing.register_forward_hook(watch(layer.name)) for layer in layers]
-    try:
-        with torch.no_grad(), routes:
-            forward(arguments, routes.begin)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with outputs_seen([(layer.name, layer.enclosing) for layer in layers], see), torch.no_grad(), routes:
+        forward(arguments, routes.begin)
     return found
 
 

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..._torch.engine import accumulate_node
 from ..._torch.fsdp import local
+from ..._torch.own_hooks import outputs_seen
 from ..._torch.random_state import fresh_generator
 from ..._torch.sample_graph import SHARED, InnerSizes
 from ..._torch.surroundings import inside_transform
@@ -154,16 +155,13 @@ def _by_change(
     values: dict[str, list[Tensor]] = {}
     known, unknown, reached = _none_yet()
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if inside_transform():
-                unknown.add(name)
-                return
-            reached.add(name)
-            outputs.setdefault(name, []).extend(floating(output))
-            values.setdefault(name, []).extend(local(t).clone() for t in floating(output))
-
-        return hook
+    def keep(name: str, output: Any) -> None:
+        if inside_transform():
+            unknown.add(name)
+            return
+        reached.add(name)
+        outputs.setdefault(name, []).extend(floating(output))
+        values.setdefault(name, []).extend(local(t).clone() for t in floating(output))
 
     def run(mask: Tensor | None) -> _Seen:
         outputs.clear()
@@ -173,20 +171,15 @@ def _by_change(
         pulled = _output_gradients(result, outputs) if ranks is None else {}
         return _Seen(dict(values), pulled, [local(t) for t in floating(result)])
 
-    # Where parameters lie over ranks, before hooks that make something else of what a layer returns.
-    first = ranks is not None
-    handles = [layer.enclosing.register_forward_hook(keep(layer.name), prepend=first) for layer in layers]
     masks = list(separating_masks(chosen.num_samples))
-    try:
+    # Where parameters lie over ranks, hooks make something else of what a layer returns.
+    with outputs_seen([(layer.name, layer.enclosing) for layer in layers], keep, first=ranks is not None):
         base = run(None)
         # Every rank that shares the parameters runs the model as often, whatever its number of samples.
         turns = len(masks) if ranks is None else round(ranks.largest([len(masks)])[0])
         changed = [run(mask) for mask in masks]
         for _ in range(turns - len(masks)):
             run(None)
-    finally:
-        for handle in handles:
-            handle.remove()
     if ranks is not None and ranks.any(not _apart(chosen.num_samples, base.ends, [c.ends for c in changed], masks)):
         return None
     for name, tensors in base.values.items():
