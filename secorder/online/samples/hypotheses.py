@@ -21,6 +21,7 @@ from ...layers.layout import Layout, layouts_of
 from ...oneshot.independence import changed_entries, changed_samples, rounding_in
 from ...owners import (
     Owned,
+    Owner,
     changed_rows,
     owned_by_entries,
     owned_by_index,
@@ -51,6 +52,11 @@ class Hypothesis(NamedTuple):
     def dim(self) -> int | None:
         """The dimension of the first argument that has samples."""
         return next((dim for dim in self.dims if dim is not None), None)
+
+    @property
+    def owners(self) -> tuple[Owner, ...]:
+        """For each tensor among the arguments, whose its rows are: of what a dimension tells, the dimension."""
+        return self.dims if self.owned is None else self.owned.owners
 
 
 class Separation(NamedTuple):
@@ -243,7 +249,7 @@ def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: 
         chosen = [(n + int(mask[n])) % count for n in range(count)]
         return forward(with_entries_of(arguments, count, chosen))
     dims = iter(hypothesis.dims)
-    owners = iter(hypothesis.dims if hypothesis.owned is None else hypothesis.owned.owners)
+    owners = iter(hypothesis.owners)
 
     def changed(tensor: Tensor) -> Tensor:
         dim, owner = next(dims), next(owners)
@@ -269,8 +275,7 @@ def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: 
 def _rows_changed(arguments: Any, hypothesis: Hypothesis, mask: Tensor) -> Mapping[Tensor, tuple[Tensor, int]]:
     """Of the tensors that hold samples, which rows are those of changed ones, and in which dimension."""
     found: MutableMapping[Tensor, tuple[Tensor, int]] = WeakTensorKeyDictionary()
-    owners = hypothesis.dims if hypothesis.owned is None else hypothesis.owned.owners
-    for tensor, dim, owner in zip(tensors_in(arguments), hypothesis.dims, owners, strict=True):
+    for tensor, dim, owner in zip(tensors_in(arguments), hypothesis.dims, hypothesis.owners, strict=True):
         if isinstance(owner, Tensor):  # entries of a list are changed whole, elsewhere
             found[tensor] = mask[owner.cpu().long()], 0
         elif dim is not None:
@@ -283,10 +288,9 @@ def _sparse(tensor: Tensor) -> bool:
 
 
 def _only_integers(arguments: Any, hypothesis: Hypothesis) -> bool:
-    owners = hypothesis.dims if hypothesis.owned is None else hypothesis.owned.owners
     return not any(
         (dim is not None or owner is not None) and (t.is_floating_point() or t.is_complex())
-        for t, dim, owner in zip(tensors_in(arguments), hypothesis.dims, owners, strict=True)
+        for t, dim, owner in zip(tensors_in(arguments), hypothesis.dims, hypothesis.owners, strict=True)
     )
 
 

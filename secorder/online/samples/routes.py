@@ -76,10 +76,9 @@ class Selections(TorchFunctionMode):
 
 def unowned_arguments(arguments: Any, hypothesis: Hypothesis) -> list[bool]:
     """For each tensor among the arguments, whether it has rows, and no dimension for the samples, nor is one's own."""
-    owners = hypothesis.dims if hypothesis.owned is None else hypothesis.owned.owners
     return [
         dim is None and tensor.dim() > 0 and tensor.shape[0] > 1 and not isinstance(owner, int)
-        for tensor, dim, owner in zip(tensors_in(arguments), hypothesis.dims, owners, strict=True)
+        for tensor, dim, owner in zip(tensors_in(arguments), hypothesis.dims, hypothesis.owners, strict=True)
     ]
 
 

@@ -41,6 +41,8 @@ def rows_of_layers(
 
     Ranks that parameters lie over do the same together.
     """
+    if not layers:
+        return _none_yet()
     if graph.ends:
         try:
             return _by_graph_and_cotangents(seen, graph)

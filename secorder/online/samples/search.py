@@ -183,10 +183,6 @@ def _updated(found: Attribution, again: Attribution, names: set[str]) -> Attribu
     )
 
 
-#: Nothing known of any layer.
-_NONE: Rows = ({}, set(), set())
-
-
 def _attribute(
     asked: Question, layers: Sequence[Layer], every: Sequence[Layer], chosen: Choice | None
 ) -> tuple[Attribution, Choice | None]:
@@ -228,8 +224,7 @@ def _attribute(
             inside = [x for x in layers if x.enclosing is not model]
             outside = set() if ranks is not None else uses_outside(isolated, layers, graph.users)
             outside |= {x.name for x in inside if x.name in recording.differentiated}
-            given = (seen, layers, asked.arguments, forward, hypothesis, graph, ranks)
-            found = rows_of_layers(*given) if layers else _NONE
+            found = rows_of_layers(seen, layers, asked.arguments, forward, hypothesis, graph, ranks)
             if found is None:
                 return Attribution(dims=hypothesis.dims, coupled=True, changing=changing), None
         routable = _may_route(asked, every, selections.count, hypothesis)
