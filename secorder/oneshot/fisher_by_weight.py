@@ -16,7 +16,7 @@ from .fisher_pairs import Found
 from .heaviest import Forecast, by_weight, forecast
 from .hessian.budget import Budget
 from .hessian.estimate import Estimate
-from .hessian.output_draws import Reduce, whole
+from .hessian.output_draws import Reduce, reduced, whole
 from .measurement import Measurement
 from .output_hessian import output_points
 from .recorded_layer import RecordedLayer, contract_settled
@@ -65,7 +65,7 @@ def heaviest_columns(
         others |= by_samples(task, left, columns, linear=False) if left else {}
         for name, (parts, info) in others.items():
             values[name], strategies[name] = parts, info.strategy
-        return [[v[0] for v in weighted.reduce([p.detach().flatten()[None] for p in values[x.name]])] for x in layers]
+        return [reduced(weighted.reduce, values[x.name]) for x in layers]
 
     if weighted.forecast:
         with unmetered():

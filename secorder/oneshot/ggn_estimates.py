@@ -4,7 +4,7 @@ from .fisher import fisher_means
 from .fisher_by_weight import ByWeight
 from .hessian.budget import Budget
 from .hessian.estimate import Estimate
-from .hessian.output_draws import Reduce
+from .hessian.output_draws import Reduce, reduced
 from .measurement import Measurement
 
 
@@ -21,6 +21,6 @@ def ggn_estimates(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str
     for layer in task.layers:
         known = weighted.estimates.get(layer.name)
         if known is None:
-            known = Estimate([v[0] for v in reduce([v.detach()[None] for v in found[layer.name][0]])])
+            known = Estimate(reduced(reduce, found[layer.name][0]))
         estimates[layer.name] = known
     return estimates

@@ -12,7 +12,7 @@ from .fisher import fisher_diagonal
 from .ggn_estimates import ggn_estimates
 from .hessian.budget import Budget
 from .hessian.estimate import ENOUGH, Estimate
-from .hessian.output_draws import Reduce
+from .hessian.output_draws import Reduce, reduced
 from .hessian.run import carry_out
 from .measurement import Measurement
 from .operators import Curvature
@@ -53,10 +53,7 @@ def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: 
     else:
         diagonals = fisher_diagonal(task, "type-2" if of == "ggn" else "empirical")
         estimates = {
-            layer.name: Estimate(
-                [v[0] for v in sums(by)([part[None] for part in diagonals[layer.name].split(layer.sizes())])]
-            )
-            for layer in task.layers
+            layer.name: Estimate(reduced(sums(by), diagonals[layer.name].split(layer.sizes()))) for layer in task.layers
         }
     found = {}
     for layer in task.layers:

@@ -1,6 +1,6 @@
 """Which strategy for which layer: a pure function of facts and a budget, to be called and printed."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,7 +47,7 @@ class Choice:
     exact_products: int  #: those of the cheapest exact strategy that applies
 
 
-def choose(facts: Sequence[Facts], budget: Budget) -> dict[str, Choice]:
+def choose(facts: Collection[Facts], budget: Budget) -> dict[str, Choice]:
     """By layer, its strategy; all facts are of one measurement, since columns serve several layers together.
 
     Example:
@@ -68,7 +68,7 @@ def choose(facts: Sequence[Facts], budget: Budget) -> dict[str, Choice]:
     return chosen
 
 
-def _too_long(facts: Sequence[Facts], budget: Budget, chosen: dict[str, Choice]) -> list[Facts]:
+def _too_long(facts: Collection[Facts], budget: Budget, chosen: dict[str, Choice]) -> list[Facts]:
     """The layers that are not exact, so that all together stay within the budget's seconds: the most expensive ones."""
     together = [f for f in facts if chosen[f.layer].strategy == columns.NAME and not f.last]
     exact = [f for f in facts if chosen[f.layer].strategy in (s.NAME for s in EXACT)]
@@ -125,7 +125,7 @@ def seconds_of_exact(facts: Facts, budget: Budget) -> float:
     return exact.products(facts, budget) * exact.seconds(facts)
 
 
-def _chain_pays(facts: Sequence[Facts], budget: Budget) -> list[Facts]:
+def _chain_pays(facts: Collection[Facts], budget: Budget) -> list[Facts]:
     """The layers that the chain serves: as far as carrying on takes no more than the basis of z of those ahead."""
     served = sorted((f for f in facts if f.used and chain.applies(f)), key=lambda f: f.chain_depth)
     timed = [f for f in served if f.chain_seconds is not None]
@@ -142,7 +142,7 @@ def _chain_pays(facts: Sequence[Facts], budget: Budget) -> list[Facts]:
     return best if any(f.chain_products or f.outputs**2 <= 4 * f.numel for f in best) else []
 
 
-def _columns_pay(facts: Sequence[Facts], budget: Budget) -> bool:
+def _columns_pay(facts: Collection[Facts], budget: Budget) -> bool:
     """Whether columns, which serve all layers that they apply to at once, take no more than the other strategies."""
     served = [f for f in facts if columns.applies(f) and not f.last]
     if not served:

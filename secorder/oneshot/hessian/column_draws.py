@@ -16,7 +16,7 @@ from .budget import Budget
 from .estimate import Estimate
 from .facts import Facts
 from .layer_graph import LayerGraph, OutputSide
-from .output_draws import Reduce
+from .output_draws import Reduce, reduced
 
 NAME = Strategy.COLUMN_DRAWS
 
@@ -59,7 +59,7 @@ def run(
 
     def contract(some: Columns) -> list[list[Tensor]]:
         found = contract_settled(side.model_outputs, graphs, some, chunk_size=task.chunk_size)
-        return [[v[0] for v in reduce([p.detach().flatten()[None] for p in parts or ()])] for parts in found]
+        return [reduced(reduce, parts or ()) for parts in found]
 
     def counted(count: int) -> None:
         for graph in graphs:

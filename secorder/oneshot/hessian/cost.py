@@ -103,7 +103,7 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
         budget = budget.after(sum(by_chain.values()))
         drawn = learn_seconds(task, found, budget, recording, draws=reduce)
         task.told.keep(of, found.facts, sum(by_chain.values()))
-        chosen = choose(list(found.facts.values()), budget)
+        chosen = choose(found.facts.values(), budget)
     served = max(1, sum(c.strategy == Strategy.COLUMNS and c.products > 0 for c in chosen.values()))
     costs = {}
     for layer in task.layers:
@@ -166,7 +166,7 @@ def result_bytes(layers: Sequence[Layer]) -> int:
 
 def _seconds_by_chain(task: Measurement, found: Findings, budget: Budget) -> dict[str, float]:
     """What each layer takes that the chain serves, with the memory of all of them learnt."""
-    chosen = choose(list(found.facts.values()), budget)
+    chosen = choose(found.facts.values(), budget)
     carried = [name for name, choice in chosen.items() if choice.strategy == Strategy.CHAIN]
     if not carried or found.chain is None:
         return {}

@@ -22,7 +22,7 @@ def matters(found: Findings, budget: Budget) -> bool:
     """Whether there is so much to do that the choice may depend on how long a product takes."""
     if budget.method == "hutchinson":
         return False
-    chosen = choose(list(found.facts.values()), budget)
+    chosen = choose(found.facts.values(), budget)
     rest = [f for f in found.facts.values() if f.used and not f.last]
     if sum(f.chain_work for f in rest if chosen[f.layer].strategy == Strategy.CHAIN) > LONG_WORK:
         return True

@@ -49,11 +49,14 @@ class Space:
     tensors: Callable[[Tensor], list[Tensor]]  #: the inverse
     size: int  #: products at a time
 
-    def draw(self, count: int, without: Tensor | None = None) -> list[Tensor]:
-        """What so many draws give, besides some directions (N, D, k)."""
+    def vectors(self, count: int, without: Tensor | None) -> list[Tensor]:
+        """So many, besides some directions (N, D, k)."""
         vectors = self.signs(count)
-        if without is not None:
-            vectors = self.tensors(_projected(self.rows(vectors), without))
+        return vectors if without is None else self.tensors(_projected(self.rows(vectors), without))
+
+    def draw(self, count: int, without: Tensor | None = None) -> list[Tensor]:
+        """What so many draws give, besides some directions."""
+        vectors = self.vectors(count, without)
         return self.values(self.product(vectors), vectors)
 
 
@@ -73,9 +76,7 @@ def may_pay(budget: Budget) -> bool:
 
 def pilot(space: Space, without: Tensor | None = None) -> Pilot:
     """Draw a few times; besides some directions, where they are given."""
-    vectors = space.signs(PILOT_DRAWS)
-    if without is not None:
-        vectors = space.tensors(_projected(space.rows(vectors), without))
+    vectors = space.vectors(PILOT_DRAWS, without)
     products = space.product(vectors)
     u, v = space.rows(products), space.rows(vectors)
     return Pilot(float((u * v).double().var(0).sum()), u, space.values(products, vectors))

@@ -41,7 +41,7 @@ def differentiable_hessian_diagonal(task: Measurement) -> Diagonals:
     budget = Budget("exact")
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
         found = investigate(task, recording, budget, columns=False)
-    chosen = choose(list(found.facts.values()), budget)
+    chosen = choose(found.facts.values(), budget)
     values: dict[str, list[Tensor]] = {x.name: zeros(x) for x in task.layers}
     in_z = [found.graphs[name] for name, choice in chosen.items() if choice.strategy == output_basis.NAME]
     with recorded(task.isolated, [graph.layer for graph in in_z], own_parameters=True) as recording:

@@ -185,7 +185,7 @@ def _attach_by_operations(task: Measurement, found: Findings, output: Any, loss:
 
 def _needs_no_product(found: Findings, budget: Budget) -> bool:
     """Whether no layer takes products with the Hessian, which are zero by gradients that cannot be differentiated."""
-    chosen = choose(list(found.facts.values()), budget)
+    chosen = choose(found.facts.values(), budget)
     return all(choice.strategy in (Strategy.COLUMNS, Strategy.CHAIN, Strategy.UNUSED) for choice in chosen.values())
 
 
@@ -241,7 +241,7 @@ def _follow_chain(task: Measurement, found: Findings, side: OutputSide | None) -
 
 def _without_chain(found: Findings, budget: Budget) -> list[LayerGraph]:
     """The layers that act through z alone and that the chain does not serve."""
-    chosen = choose(list(found.facts.values()), budget)
+    chosen = choose(found.facts.values(), budget)
     return [g for g in _candidates(found) if chosen[g.layer.name].strategy != Strategy.CHAIN]
 
 
@@ -313,7 +313,7 @@ def _piecewise_linear(task: Measurement, found: Findings, side: OutputSide, grap
 
 def _unverified(found: Findings, budget: Budget) -> list[LayerGraph]:
     """The layers of which it matters whether samples interact after them, and is not known."""
-    chosen = choose(list(found.facts.values()), budget)
+    chosen = choose(found.facts.values(), budget)
     names = [x for x, facts in found.facts.items() if facts.samples_independent is None]
     graphs = [
         g

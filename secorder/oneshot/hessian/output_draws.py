@@ -24,6 +24,11 @@ NAME = Strategy.OUTPUT_DRAWS
 Reduce = Callable[[list[Tensor]], list[Tensor]]
 
 
+def reduced(reduce: Reduce, diagonal: Sequence[Tensor]) -> list[Tensor]:
+    """What is estimated, made of one diagonal."""
+    return [v[0] for v in reduce([part.detach().flatten()[None] for part in diagonal])]
+
+
 def whole(values: list[Tensor]) -> list[Tensor]:
     """The diagonals themselves."""
     return values
@@ -56,7 +61,7 @@ def run(
     """
     size = default_chunk_size(elements, graph.leaves[0], task.chunk_size)
     space = space_of(task, graph, graph.output_gradients, reduce, size)
-    strategy, known = NAME, [v[0] for v in reduce([z[None] for z in zeros(graph.layer)])]
+    strategy, known = NAME, reduced(reduce, zeros(graph.layer))
     draw: Draw = space.draw
     spent = 0
     errors: list[Tensor] = []

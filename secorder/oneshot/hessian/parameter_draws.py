@@ -15,7 +15,7 @@ from ..measurement import Measurement
 from .budget import Budget
 from .estimate import Estimate, average
 from .facts import Facts
-from .output_draws import Reduce
+from .output_draws import Reduce, reduced
 
 NAME = Strategy.PARAMETER_DRAWS
 
@@ -58,6 +58,5 @@ def run(
         found = stacked_vjp(output_gradients, replacements, vectors)
         return reduce([(u * v).reshape(len(u), -1).to(kind) for u, v in zip(found, vectors, strict=True)])
 
-    like = [v[0] for v in reduce([z[None] for z in zeros(layer)])]
     size = default_chunk_size(elements, replacements[0], task.chunk_size)
-    return average(draw, like, budget, size, advance, seconds=seconds)
+    return average(draw, reduced(reduce, zeros(layer)), budget, size, advance, seconds=seconds)

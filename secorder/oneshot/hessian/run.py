@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ...layers.dtypes import zeros
 from ...monitor.progress import progress_bar
 from ...results import Strategy
@@ -19,7 +17,7 @@ from .estimate import Estimate
 from .investigate import Findings, give_up_chain, investigate, verify_samples
 from .layer_graph import LayerGraph
 from .on_parameters import on_parameters
-from .output_draws import Reduce
+from .output_draws import Reduce, reduced
 from .trials import gauss_newton_alone
 
 
@@ -47,19 +45,15 @@ def carry_out(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Ou
             budget = budget.after(seconds if by_chain is None else by_chain)
             verify_samples(task, found, budget)  # of those that there is not enough time for now
         known = _columns(task, found, budget, reduce, outcomes)
-        chosen = choose(list(found.facts.values()), budget)
+        chosen = choose(found.facts.values(), budget)
         _in_z(task, found, chosen, budget, reduce, known, outcomes)
     _on_parameters(task, found, chosen, budget, reduce, outcomes)
     return {layer.name: outcomes[layer.name] for layer in task.layers}
 
 
-def _whole(reduce: Reduce, values: Sequence[Tensor]) -> list[Tensor]:
-    return [v[0] for v in reduce([value.detach()[None] for value in values])]
-
-
 def _chain(task: Measurement, found: Findings, budget: Budget, reduce: Reduce, outcomes: dict[str, Outcome]) -> None:
     """Finish the layers that the chain serves."""
-    chosen = choose(list(found.facts.values()), budget)
+    chosen = choose(found.facts.values(), budget)
     names = [name for name, choice in chosen.items() if choice.strategy == chain.NAME]
     if not names or found.chain is None:
         return
@@ -71,7 +65,7 @@ def _chain(task: Measurement, found: Findings, budget: Budget, reduce: Reduce, o
     for name, values in carried.items():
         checks = found.facts[name].checks | {"samples_independent": True}
         spent = found.graphs[name].num_hvps + found.facts[name].chain_products
-        outcomes[name] = Outcome(chain.NAME, Estimate(_whole(reduce, values)), checks, spent)
+        outcomes[name] = Outcome(chain.NAME, Estimate(reduced(reduce, values)), checks, spent)
 
 
 def _columns(
@@ -81,7 +75,7 @@ def _columns(
     side = found.output_side
     if side is None:
         return {}
-    chosen = choose(list(found.facts.values()), budget)
+    chosen = choose(found.facts.values(), budget)
     strategies = {name: choice.strategy for name, choice in chosen.items()}
     gauss_newton = set(gauss_newton_alone(found, budget))
     few = {name for name in gauss_newton if found.facts[name].num_columns <= budget.num_draws}
@@ -120,7 +114,7 @@ def _all_columns(
             graph.layouts = layouts  # which others go by
             found.learn(name, num_columns=0, columns_drawn=False)
         else:
-            known[name] = Estimate(_whole(reduce, values))
+            known[name] = Estimate(reduced(reduce, values))
     return known
 
 
@@ -145,7 +139,7 @@ def _in_z(
             advance = _counted(bar, spent)
             if chosen[name].strategy == output_basis.NAME:
                 values = output_basis.run(task, graph, facts.output_elements, advance)
-                result = output_basis.NAME, Estimate(_whole(reduce, values))
+                result = output_basis.NAME, Estimate(reduced(reduce, values))
             else:
                 elements = facts.output_elements + facts.numel
                 seconds = seconds_of_draws(budget, chosen)
@@ -166,7 +160,7 @@ def _on_parameters(
     """The layers that go by the parameters, on a graph of their own, and those that are not used."""
     for layer in task.layers:
         if layer.name not in outcomes and chosen[layer.name].strategy == Strategy.UNUSED:
-            nothing = Estimate(_whole(reduce, zeros(layer)))
+            nothing = Estimate(reduced(reduce, zeros(layer)))
             outcomes[layer.name] = Outcome(Strategy.UNUSED, nothing, found.facts[layer.name].checks, 0)
     todo = [layer for layer in task.layers if layer.name not in outcomes]
     total = sum(chosen[layer.name].products for layer in todo)
@@ -177,10 +171,10 @@ def _on_parameters(
             spent: list[int] = [graph.num_hvps if graph else 0]
             advance = _counted(bar, spent)
             if all(g is None for g in own):
-                result = Strategy.UNUSED, Estimate(_whole(reduce, zeros(layer)))
+                result = Strategy.UNUSED, Estimate(reduced(reduce, zeros(layer)))
             elif chosen[layer.name].strategy == parameter_basis.NAME:
                 values = parameter_basis.run(task, layer, own, facts.parameter_elements, advance)
-                result = parameter_basis.NAME, Estimate(_whole(reduce, values))
+                result = parameter_basis.NAME, Estimate(reduced(reduce, values))
             else:
                 seconds = seconds_of_draws(budget, chosen)
                 how = budget.within(seconds, facts.seconds_by_draw), facts.parameter_elements, advance, reduce, seconds

@@ -87,7 +87,7 @@ def learn_seconds(
     """
     if draws is None:
         _learn_chain(task, found, budget)
-    chosen = choose(list(found.facts.values()), budget)
+    chosen = choose(found.facts.values(), budget)
     asked = [f.layer for f in found.facts.values() if f.used and not f.last and f.numel]
     compared = [name for name in asked if found.facts[name].chain_seconds is not None]
     asked = [x for x in asked if chosen[x].strategy != Strategy.CHAIN or (draws is None and x in compared)]
@@ -101,7 +101,7 @@ def learn_seconds(
         for graph in by_columns:
             found.learn(graph.layer.name, seconds_by_column=seconds, num_bytes=num_bytes)
         verify_samples(task, found, budget)  # where columns take too long
-    chosen = choose(list(found.facts.values()), budget)
+    chosen = choose(found.facts.values(), budget)
     asked = [x for x in asked if chosen[x].strategy not in (Strategy.COLUMNS, Strategy.COLUMN_DRAWS)]
     if budget.method == "hutchinson":  # the rest is drawn
         asked = []
@@ -128,7 +128,7 @@ def _ways(facts: Facts, budget: Budget, draws: Reduce | None) -> list[ExactModul
 
 def _learn_chain(task: Measurement, found: Findings, budget: Budget) -> None:
     """Time the chain, where it takes long, and get its layers ready for the strategies that may take its place."""
-    chosen = choose(list(found.facts.values()), budget)
+    chosen = choose(found.facts.values(), budget)
     names = [name for name, choice in chosen.items() if choice.strategy == Strategy.CHAIN]
     if found.chain is None or sum(found.facts[name].chain_work for name in names) <= LONG_WORK:
         return
@@ -181,7 +181,7 @@ def _draw_some(
     reduce: Reduce,
 ) -> dict[str, float]:
     """Draw as many times as tells how long it takes; returns the seconds that all of a layer's draws are to take."""
-    chosen = choose(list(found.facts.values()), budget)
+    chosen = choose(found.facts.values(), budget)
     drawn = [layer for layer in task.layers if chosen[layer.name].strategy == Strategy.PARAMETER_DRAWS]
     with recording.paused():
         gradients |= {x.name: own for x, own in on_parameters(task, [x for x in drawn if x.name not in gradients])}

@@ -258,10 +258,15 @@ def _not_linear(
     ends = {z.layer.name: z.leaves for z in seen if z.layer.rule is not None}
     bent = not_linear(graph, ends | {layer.name: isolated.replacements(layer) for layer in operated})
     if again := {z.layer.name: isolated.replacements(z.layer) for z in seen if z.layer.rule is None}:
-        with Hooks() as hooks:  # in the recorded calls, their parameters stood apart from the graph
-            output = forward(asked.arguments)
-        bent |= not_linear(replace(graph, output=output, hooked=graph.hooked or hooks.put, leaves=()), again)
+        bent |= not_linear(_whole_graph(asked, forward, graph), again)
     return bent
+
+
+def _whole_graph(asked: Question, forward: Callable[[Any], Any], graph: ForwardGraph) -> ForwardGraph:
+    """That of one more forward: in recorded calls, the layers' parameters stood apart from it."""
+    with Hooks() as hooks:
+        output = forward(asked.arguments)
+    return replace(graph, output=output, hooked=graph.hooked or hooks.put, leaves=())
 
 
 def _may_route(asked: Question, every: Sequence[Layer], selections: int, hypothesis: Hypothesis) -> bool:
@@ -369,9 +374,7 @@ def _uses(
     if not layers:
         return UseRows()
     if any(share_parameters(one, other) for one in layers for other in called):
-        with Hooks() as hooks:  # tied: in the calls of the other layer, the parameter stood apart from the graph
-            output = forward(asked.arguments)
-        graph = replace(graph, output=output, hooked=graph.hooked or hooks.put, leaves=())
+        graph = _whole_graph(asked, forward, graph)
     return rows_of_uses(
         {x.name: dict(zip(x.parameters, isolated.replacements(x), strict=True)) for x in layers},
         forward,
