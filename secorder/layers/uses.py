@@ -202,15 +202,13 @@ def _pulled_back(
     """The same by the backward of the operations between, run for all samples at once."""
     order: list[Node] = []
 
-    def visit(node: Node) -> bool:
-        """Enter a node in the order, behind those that it comes from; whether a parameter does."""
-        if node in order:
-            return True
-        before = [x for x, _ in node.next_functions if x is not None and (x in leaves or x in followed)]
-        if any([node in leaves, *[visit(x) for x in before]]):
+    def visit(node: Node) -> None:
+        """Enter a node in the order, behind those that it comes from."""
+        if node not in order:
+            for before, _ in node.next_functions:
+                if before in followed:
+                    visit(before)
             order.append(node)
-            return True
-        return False
 
     visit(source[0])
     brought: dict[tuple[Node, int], Tensor | OwnedRows] = {source: gradient}

@@ -93,10 +93,10 @@ def load_state(fisher: OnlineFisher, attachment: "Attachment | None", state: Map
 
 def _window_of(fisher: OnlineFisher, state: Mapping[str, Tensor], prefix: str) -> WindowSums:
     """What :func:`_state_of` told."""
-    loaded = {}
+    diagonal = fisher.accumulate == "diagonal"
+    loaded = LayerSums.empty(fisher.layers, fisher.device, fisher.dtype, diagonal=diagonal)
     for layer in fisher.layers:
-        diagonal = fisher.accumulate == "diagonal"
-        sums = loaded[layer.name] = LayerSums.empty(layer, fisher.device, fisher.dtype, diagonal=diagonal)
+        sums = loaded[layer.name]
         sums.sums = [
             part_of(state[f"{prefix}sums/{layer.parameter_name(name)}"], p).flatten().to(like, copy=True)
             for (name, p), like in zip(layer.parameters.items(), sums.sums, strict=diagonal)

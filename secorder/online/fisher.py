@@ -157,7 +157,7 @@ class OnlineFisher:
         """Go on with empty sums; those of the layers whose sums have been copied are set to zero as they are."""
         diagonal, kept = self.accumulate == "diagonal", set(copied)
         others = [layer for layer in self.layers if layer.name not in kept]
-        fresh = LayerSums.empty_of(others, self.device, self.dtype, diagonal=diagonal)
+        fresh = LayerSums.empty(others, self.device, self.dtype, diagonal=diagonal)
         if kept:
             empty([self.sums[name] for name in copied])
             fresh = {layer.name: fresh.get(layer.name) or self.sums[layer.name] for layer in self.layers}

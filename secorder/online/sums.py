@@ -68,15 +68,6 @@ class LayerSums:
 
     @classmethod
     def empty(
-        cls, layer: Layer, device: torch.device | str | None, dtype: torch.dtype | None, *, diagonal: bool = True
-    ) -> "LayerSums":
-        """Of a layer that has seen nothing; without a diagonal, it has no sums."""
-        parts = zeros(layer) if diagonal else []
-        counts = torch.zeros(3, dtype=torch.float64, device=_device(layer))
-        return cls([z.to(device, dtype) for z in parts], counts)
-
-    @classmethod
-    def empty_of(
         cls,
         layers: Sequence[Layer],
         device: torch.device | str | None,
@@ -84,7 +75,10 @@ class LayerSums:
         *,
         diagonal: bool = True,
     ) -> "dict[str, LayerSums]":
-        """Of layers that have seen nothing, by name; what is in them is counted in the rows of one table a device."""
+        """Of layers that have seen nothing, by name; what is in them is counted in the rows of one table a device.
+
+        Without a diagonal, they have no sums.
+        """
         of = Counter(map(_device, layers))
         rows = {place: iter(torch.zeros(size, 3, dtype=torch.float64, device=place)) for place, size in of.items()}
         found = {}
@@ -101,7 +95,7 @@ class LayerSums:
         there = _device(layer)
         if here == there:
             return
-        fresh = LayerSums.empty(layer, device, dtype, diagonal=bool(self.sums))
+        fresh = LayerSums.empty([layer], device, dtype, diagonal=bool(self.sums))[layer.name]
         if here.type != "meta":  # where there is no memory, nothing was added
             fresh.counts = self.counts.to(fresh.counts)
             fresh.sums = [mine.to(new) for mine, new in zip(self.sums, fresh.sums, strict=True)]

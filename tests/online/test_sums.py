@@ -22,7 +22,7 @@ def test_what_is_added_counted_and_left_out() -> None:
     (layer,) = select_layers(nn.Sequential(nn.Linear(4, 3)))
     a, g = torch.randn(5, 1, 1, 4), torch.randn(5, 1, 1, 3)
     squares = torch.einsum("nj,ni->ji", g[:, 0, 0] ** 2, a[:, 0, 0] ** 2).flatten()
-    sums = LayerSums.empty(layer, None, None)
+    sums = LayerSums.empty([layer], None, None)[layer.name]
     for good in (None, torch.tensor(True), torch.tensor(False)):
         sums.add(layer, [[Outer(a, g)], [Outer(None, g)]], decay=None, alpha=2.0, good=good)
         sums.count(5, good, None)
@@ -34,7 +34,7 @@ def test_what_is_added_counted_and_left_out() -> None:
 
 def test_sums_follow_a_layer_that_gets_memory() -> None:
     (layer,) = select_layers(nn.Sequential(nn.Linear(4, 3, device="meta")))
-    sums = LayerSums.empty(layer, None, None)
+    sums = LayerSums.empty([layer], None, None)[layer.name]
     (moved,) = select_layers(nn.Sequential(nn.Linear(4, 3)))
     sums.follow(moved, None, None)
     assert {t.device.type for t in (*sums.sums, sums.counts)} == {"cpu"}
