@@ -14,6 +14,7 @@ What they rely on, and why:
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,6 +68,7 @@ class Attachment:
         self._aside: Aside | None = None
         self.factors: Factors = {}
         self._waiting: set[int] = set()  # threads whose forward has not begun
+        self._patience = 1.0  # seconds that a look waits for other threads' passes; halved by each wait in vain
         self._beginning = threading.RLock()
         self.verifying: int | None = None  # the thread in which the model is verified
 
@@ -111,16 +113,27 @@ class Attachment:
         """Inside, no other thread begins a forward; whether none runs a pass, so that the model can be looked at.
 
         A look puts other tensors in the places of parameters and buffers, which nobody else is to compute with, and
-        takes the hooks off parameters.
+        takes the hooks off parameters. So what runs is waited for, unless it does not end, as where it waits for this
+        thread itself.
         """
         with self._beginning:
             self.verifying = threading.get_ident()
             try:
-                backwards = {backward.thread for backward in list(self.fisher.backwards.values())} - {self.verifying}
-                running = threads_running(self.model) - self._waiting
-                yield self.fisher.ranks is not None or not (running | backwards)
+                yield self.fisher.ranks is not None or self._others_end(self.verifying)
             finally:
                 self.verifying = None
+
+    def _others_end(self, own: int) -> bool:
+        """Whether the passes that other threads run have ended, or do soon."""
+        until = time.monotonic() + self._patience
+        while threads_running(self.model) - self._waiting | {x.thread for x in [*self.fisher.backwards.values()]} - {
+            own
+        }:
+            if time.monotonic() > until:
+                self._patience /= 2
+                return False
+            time.sleep(0.001)
+        return True
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection) -> None:
         """The model's forward starts."""

@@ -58,15 +58,20 @@ CAUSES = {
     "no grad": "The model was called under torch.no_grad or in inference mode.",
     "computed": "The model was called with parameters that are computed from others (torch.func.functional_call).",
     "paused": "The model was called inside probe.paused().",
-    "no gradient": "The model's output did not depend on any parameter that requires a gradient.",
+    "no gradient": (
+        "The model's output held no tensor that depends on a parameter that requires a gradient (frozen ones, or an "
+        "iterator or a function, which computes only when it is used: let the model return tensors)."
+    ),
     "forward": (
-        "The model was called, but no backward has reached its parameters since (torch.autograd.grad does not count)."
+        "The model was called, but no backward has come through its output since (torch.autograd.grad does not count)."
     ),
     "empty": "A batch was empty.",
     "verification failed": "Running the model to see where samples are failed; see the warning.",
     "not finite": "The model's output held nan or inf.",
     "listed": f"Perhaps {LISTED}.",
-    "other threads": "Other threads ran the model at the same time, while a batch was being verified.",
+    "other threads": (
+        "Other threads ran the model without end while a batch was to be verified: let them wait during the first step."
+    ),
     "one sample": (
         "The first batch held one sample, which cannot show where samples are: such batches were left out; pass "
         "sample_dim=."

@@ -272,6 +272,39 @@ def test_the_model_is_not_looked_at_while_another_thread_runs_a_backward() -> No
         assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
 
 
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_look_waits_for_a_thread_that_serves_the_model(stays: bool) -> None:
+    """Unless that one does not end; then the next batch is looked at."""
+    model, batch, within, leave = branches(), data(), threading.Event(), threading.Event()
+
+    def busy(*_: Any) -> None:
+        if threading.current_thread() is thread:
+            within.set()
+            leave.wait(10)
+
+    def serve() -> None:
+        with torch.no_grad():
+            model(batch[0])
+
+    thread = threading.Thread(target=serve)
+    hook = model.head.register_forward_hook(busy)
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        probe._attachment._patience = 0.1 if stays else 10.0
+        thread.start()
+        within.wait()
+        with mock.patch("time.sleep", side_effect=None if stays else lambda _: leave.set()):
+            step(model, batch)
+        assert probe.num_samples == (0 if stays else len(batch[0]))
+        if stays:
+            with pytest.raises(ProbeStateError, match="let them wait"):
+                probe.fisher_diagonal()
+        leave.set()
+        thread.join()
+        hook.remove()
+        step(model, batch)
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
 def test_backward_passes_that_begin_at_once_see_each_other() -> None:
     """Neither is alone, so that what the other brings into ``.grad`` is not held against it."""
 

@@ -81,7 +81,7 @@ def test_a_model_that_is_frozen_at_first_is_no_trouble() -> None:
     model, batch = mlp().requires_grad_(False), data()
     with CurvatureProbe(model) as probe:
         model(batch[0])
-        with pytest.raises(ProbeStateError, match="did not depend on any parameter"):
+        with pytest.raises(ProbeStateError, match="no tensor that depends on a parameter"):
             probe.fisher_diagonal()
         model.requires_grad_(True)
         train(model, batch, 2)
@@ -650,6 +650,26 @@ def test_other_reasons_why_nothing_is_accumulated() -> None:
     with CurvatureProbe(model) as probe:
         model(batch[0][:0]).sum().backward()
         assert "empty" in nothing_told(probe)
+
+
+@pytest.mark.parametrize("lazily", [lambda model, x: (model(x) for _ in "1"), lambda model, x: lambda: model(x)])
+def test_a_model_that_computes_after_its_forward(lazily: Callable[..., Any]) -> None:
+    class Later(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make()
+
+        def forward(self, inputs: Tensor) -> Any:
+            return lazily(self.inner, inputs)
+
+    model, (inputs, targets) = Later(), data()
+    with CurvatureProbe(model) as probe:
+        output = model(inputs)
+        output = output() if callable(output) else next(output)
+        F.cross_entropy(output, targets).backward()
+        message = nothing_told(probe)
+        assert "computes only when it is used" in message
+        assert "no backward has reached its parameters" not in message
 
 
 def test_all_that_happens_leaves_no_trace() -> None:
