@@ -140,6 +140,11 @@ def _add_group(fisher: OnlineFisher, backward: Backward, group: Sequence[Forward
     first, *others = group
     if others:
         _leave_out_unlike(fisher, group)
+    elif _is_complete(fisher, backward, first):
+        if first.waiting or first.formed:
+            add_waiting(fisher, first)
+        _close(fisher, first)
+        return
     brought = [(name, own) for record in group for name, own in record.layers.items() if own.captured or own.modules]
     captured = {name for name, own in brought if own.captured}
     for layer in first.attribution.layers if captured else ():
@@ -158,10 +163,15 @@ def _add_group(fisher: OnlineFisher, backward: Backward, group: Sequence[Forward
     _add_record(fisher, first)
 
 
+def _is_complete(fisher: OnlineFisher, backward: Backward, record: ForwardRecord) -> bool:
+    """Whether the only forward of a backward has brought what it has to bring of every layer, and nothing beside."""
+    if backward.early or record.attribution.ties or record.layers.keys() != fisher.by_layer.keys():
+        return False
+    return not [own for own in record.layers.values() if own.captured or own.modules or not own.received]
+
+
 def _add_record(fisher: OnlineFisher, record: ForwardRecord) -> None:
-    """Close a record whose backward has ended: tied layers, zeros, counts."""
-    record.closed = True
-    fisher.measured_by.update(map(_MEASURED_BY, (*record.attribution.layers, *record.fallback)))
+    """Add what a record does not bring by calls whose gradient has come, and close it: tied layers, zeros."""
     if record.attribution.ties:
         _add_tied(fisher, record)
     nothing_early = record.backward is not None and not record.backward.early
@@ -187,10 +197,21 @@ def _add_record(fisher: OnlineFisher, record: ForwardRecord) -> None:
                 sums.count(fisher.count_of(record), None, fisher.decay, fisher.of_all(record))
     if not fisher.called.issuperset(fisher.by_layer):
         audit_uncalled(fisher)
+    _close(fisher, record)
+
+
+def _close(fisher: OnlineFisher, record: ForwardRecord) -> None:
+    """Close a record of which everything is added: count it."""
+    record.closed = True
+    fisher.measured_by.update(map(_MEASURED_BY, (*record.attribution.layers, *record.fallback)))
     with ADDING:
         fisher.batches += 1
         if not (record.stacked or (takes_norms(record) and _add_norms(fisher, record))):
-            count_samples(fisher.counted, fisher.count_of(record), record.goods, len(fisher.layers))
+            count = fisher.count_of(record)
+            if record.goods or isinstance(count, Tensor):
+                count_samples(fisher.counted, count, record.goods, len(fisher.layers))
+            else:
+                fisher.count_later((), count)
 
 
 def _add_norms(fisher: OnlineFisher, record: ForwardRecord) -> bool:

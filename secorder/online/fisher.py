@@ -31,7 +31,7 @@ from .losses.sizes import Sizes
 from .norm_sums import NormSums
 from .record import Backward, Backwards, ForwardRecord
 from .stacked import Stacked
-from .sums import ADDING, Held, LayerSums, add_whole, count_together, empty
+from .sums import ADDING, Held, LayerSums, add_whole, count_good, count_together, empty
 from .troubles import Troubles
 from .window_sums import WindowSums
 
@@ -131,6 +131,14 @@ class OnlineFisher:
         if self.stacked.waiting:
             with ADDING, lasting():
                 quietly(self.stacked.settle, self.by_layer, self.counted, self.troubles.marks)
+        if self.uncounted:
+            with ADDING, lasting():
+                count_good(self.uncounted, self.by_layer, self.counted, self.troubles.marks)
+
+    def count_later(self, names: tuple[str, ...], samples: int) -> None:
+        """Count a batch that is good in all these layers, or of none of them in the model, when it is asked for."""
+        before, batches = self.uncounted.get(names, (0, 0))
+        self.uncounted[names] = before + samples, batches + 1
 
     @lasting()
     def reset(self) -> None:
@@ -166,6 +174,8 @@ class OnlineFisher:
         device = torch.device("cpu") if first.type == "meta" else first
         self.norms = NormSums.empty(len(self.layers), device)
         self.counted = torch.zeros((), dtype=torch.float64, device=device)
+        #: Samples and batches that are good in layers, by their names; of no layers, those of the model.
+        self.uncounted: dict[tuple[str, ...], tuple[int, int]] = {}
         self.batches = 0
         self.elsewhere = 0.0  # samples that other ranks had seen when they were synchronised
 
@@ -204,7 +214,7 @@ class OnlineFisher:
         """How many batches were recorded."""
         return self.batches + (0 if self.earlier is None else self.earlier.batches)
 
-    def count_of(self, record: ForwardRecord) -> float | Tensor:
+    def count_of(self, record: ForwardRecord) -> int | Tensor:
         """Samples that a batch counts for: all of them, or those that have a weight."""
         if self.ranks is not None:
             return record.counted_together
@@ -233,8 +243,12 @@ class OnlineFisher:
 
         def add_all() -> None:
             add(outs, beta=1.0 if self.decay is None else self.decay, alpha=self._alpha(record))
+            count = self.count_of(record)
+            if goods is None and self.decay is None and not isinstance(count, Tensor):
+                self.count_later(tuple(every), count)
+                return
             each = None if goods is None else goods.double().unbind()  # as counts are: one cast for all
-            count_together([*every.values()], self.count_of(record), each, self.decay, self.of_all(record))
+            count_together([*every.values()], count, each, self.decay, self.of_all(record))
 
         add_whole(every, add_all, self.troubles.marks)
         if goods is not None:

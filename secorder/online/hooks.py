@@ -143,11 +143,12 @@ class Attachment:
         if in_backward():  # perhaps in a thread of the engine's, for which the look at the model waits
             self._begin(args, kwargs, eager, within=True)
             return
-        self._waiting.add(thread)
-        try:
-            self._beginning.acquire()
-        finally:
-            self._waiting.discard(thread)
+        if not self._beginning.acquire(blocking=False):
+            self._waiting.add(thread)
+            try:
+                self._beginning.acquire()
+            finally:
+                self._waiting.discard(thread)
         try:
             self._begin(args, kwargs, eager, within=False)
         finally:

@@ -203,6 +203,26 @@ def count_together(
         add_products(counts, increments, goods)
 
 
+def count_good(
+    waiting: dict[tuple[str, ...], tuple[int, int]], every: Mapping[str, LayerSums], seen: Tensor, marks: dict[str, str]
+) -> None:
+    """Count samples and batches that are good in layers, by the names of these; of no layers, the samples in ``seen``.
+
+    A mark tells of all layers if it is broken off.
+    """
+    try:
+        for names, (samples, batches) in waiting.items():
+            for sums in [every[name] for name in names]:
+                sums.batches += batches
+                sums.counts.add_(sums.counts.new_tensor([samples, samples, batches]))
+            if not names:
+                seen.add_(samples)
+        waiting.clear()
+    except BaseException as error:
+        marks.update(dict.fromkeys(every, _INTERRUPTED.format(type(error).__name__)))
+        raise
+
+
 def count_samples(seen: Tensor, samples: float | Tensor, goods: Sequence[Tensor], layers: int) -> None:
     """Count the samples of a batch in ``seen``, unless every layer left it out, as far as that is asked."""
     if sum([good.numel() for good in goods]) < layers:

@@ -1,5 +1,6 @@
 """The end of a backward: several forwards, second backwards, layers that nothing reaches, tied layers."""
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -51,6 +52,29 @@ def test_a_layer_that_the_loss_does_not_depend_on_has_zeros_of_its_batch(decay: 
     weights = [6 / 16, 6 / 16, 4 / 16] if decay is None else [0.75**2, 0.75, 1.0]
     expected = (weights[0] * squares[0] + weights[2] * squares[2]) / sum(weights)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"decay": 0.75}, {"accumulate": "trace"}])
+def test_batches_of_layers_that_are_not_small_are_counted_when_it_is_asked_for(options: dict[str, Any]) -> None:
+    """Of several sizes, with a read and a copy between them; one that is not finite does not count."""
+    model = nn.Sequential(nn.Linear(600, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    batches = [(torch.randn(n, 600).double(), torch.randint(3, (n,))) for n in (120, 150, 150, 120)]
+    batches[2][0][0, 0] = torch.nan
+    good = [batches[0], batches[1], batches[3]]
+    traces = [{n: v.sum() for n, v in reference(model, batch).items()} for batch in good]
+    with CurvatureProbe(model, reduction="mean", **options) as probe:
+        loss_of(model, batches[0]).backward()
+        loss_of(model, batches[1]).backward()
+        assert probe.num_samples == 270
+        copied = copy.deepcopy(probe)
+        for batch in batches[2:]:
+            loss_of(model, batch).backward()
+    assert (probe.num_samples, copied.num_samples) == (390, 270)
+    weights = [0.75**3, 0.75**2, 1.0] if "decay" in options else [120.0, 150.0, 120.0]
+    for name in ("0", "2"):
+        each = [sum(v for n, v in own.items() if n.startswith(name)) for own in traces]
+        expected = sum(w * x for w, x in zip(weights, each, strict=True)) / sum(weights)
+        torch.testing.assert_close(torch.tensor(probe.fisher_trace()[name].value).double(), torch.as_tensor(expected))
 
 
 def of_bias(layer: nn.Linear, batch: tuple[Tensor, Tensor]) -> Tensor:

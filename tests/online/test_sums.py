@@ -12,7 +12,7 @@ from secorder import CurvatureProbe
 from secorder.layers.per_sample import Outer
 from secorder.layers.selection import select_layers
 from secorder.online import sums as sums_module
-from secorder.online.sums import LayerSums
+from secorder.online.sums import LayerSums, count_good
 
 from ..helpers import data, mlp, step
 from ..reference import assert_all_close, assert_close
@@ -30,6 +30,24 @@ def test_what_is_added_counted_and_left_out() -> None:
     assert_close(sums.sums[1], 4 * (g[:, 0, 0] ** 2).sum(0))
     assert sums.counts.tolist() == [10, 10, 2]
     assert sums.batches == 3
+
+
+def test_what_is_good_is_counted_together() -> None:
+    layers = select_layers(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
+    every = LayerSums.empty_of(layers, None, None)
+    seen, marks = torch.zeros((), dtype=torch.float64), dict[str, str]()
+    waiting = {("0", "1"): (12, 2), ("1",): (5, 1), (): (17, 3)}
+    count_good(waiting, every, seen, marks)
+    assert [sums.counts.tolist() for sums in every.values()] == [[12, 12, 2], [17, 17, 3]]
+    assert [sums.batches for sums in every.values()] == [2, 3]
+    assert (seen.item(), waiting, marks) == (17, {}, {})
+
+
+def test_counting_that_is_broken_off_is_told() -> None:
+    every, marks = LayerSums.empty_of(select_layers(nn.Sequential(nn.Linear(4, 3))), None, None), dict[str, str]()
+    with pytest.raises(KeyError):
+        count_good({("0",): (12, 2), ("gone",): (5, 1)}, every, torch.zeros(()), marks)
+    assert "broken off (KeyError)" in marks["0"]
 
 
 def test_sums_follow_a_layer_that_gets_memory() -> None:
