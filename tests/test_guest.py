@@ -20,6 +20,8 @@ from secorder import (
     per_layer_hessian_diagonal,
 )
 
+from .helpers import Label
+
 
 class Model(nn.Module):
     """Convolution, batch normalisation with running statistics, dropout, a frozen layer, a buffer, spectral norm."""
@@ -204,3 +206,13 @@ def test_fully_frozen_model_is_measured() -> None:
         assert torch.equal(value, expected[name])
     for name, value in per_layer_fisher_diagonal(model, F.cross_entropy, inputs, targets).items():
         assert torch.equal(value, fisher[name])
+
+
+def test_a_model_that_keeps_a_tuple_of_a_type_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(36, 3))
+    model.label = Label((1, -1))
+    inputs, targets = torch.randn(5, 36), torch.randint(3, (5,))
+    per_layer_fisher_diagonal(model, F.cross_entropy, inputs, targets)
+    with CurvatureProbe(model, reduction="mean") as probe:
+        F.cross_entropy(model(inputs), targets).backward()
+        probe.fisher_diagonal()

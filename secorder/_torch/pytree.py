@@ -121,6 +121,12 @@ class _Parts(NamedTuple):
     where: _Where = "outside"  #: the children are
 
 
+def elements(held: Any) -> list[Any]:
+    """What a list, tuple or set holds, also one of a type that tells no length, or iterates in its own way."""
+    kind: Any = next(kind for kind in (list, tuple, set, frozenset) if isinstance(held, kind))
+    return list(kind.__iter__(held))
+
+
 def _parts(tree: Any, where: _Where) -> _Parts | None:
     """Take a structure apart; None for a leaf."""
     parts = _parts_anywhere(tree)

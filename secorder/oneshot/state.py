@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch.modules import is_scripted, own_attributes, own_tensors, tables_of
-from .._torch.pytree import slots_of
+from .._torch.pytree import elements, slots_of
 from .restoring import (
     MAX_COMPARED,
     Restore,
@@ -124,7 +124,8 @@ class State:
         elif isinstance(x, (dict, list, set, deque, bytearray)):
             return self._container(x)
         elif isinstance(x, (tuple, frozenset)):
-            return x if len(x) <= MAX_ELEMENTS else ()
+            held = elements(x)
+            return held if len(held) <= MAX_ELEMENTS else ()
         elif (restore := of_numbers(x)) is not None:
             self._restores.append(restore)
         elif isinstance(x, type):

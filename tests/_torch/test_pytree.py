@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from secorder._torch.pytree import Shared, call_model, map_tensors, once_each, tensors_in
+from secorder._torch.pytree import Shared, call_model, elements, map_tensors, once_each, tensors_in
+
+from ..helpers import Label
 
 Point = namedtuple("Point", "x y")
 
@@ -278,3 +280,8 @@ def test_shared_arguments_are_hidden_until_the_model_is_called() -> None:
     call_model(Model(), (x, hidden))
     call_model(Model(), {"x": x, "other": hidden})
     assert [c.tolist() for c in calls] == [[2, 2], [2, 2]]  # of copies
+
+
+def test_what_a_container_holds_whatever_its_type_makes_of_it() -> None:
+    assert elements(Label((1, 2))) == [1, 2]
+    assert elements({3}) == [3]

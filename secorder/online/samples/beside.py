@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._torch.modules import own_attributes
-from ..._torch.pytree import attributes_of, tensors_in
+from ..._torch.pytree import attributes_of, elements, tensors_in
 from ..._torch.random_state import fresh_generator
 from ...oneshot.independence import without_gradients
 from ...oneshot.user_code import is_foreign
@@ -68,9 +68,10 @@ def inside(value: Any, depth: int = DEPTH) -> Iterator[tuple[tuple[Any, ...], Te
 def _entries(value: Any) -> list[tuple[Any, Any]]:
     """What a container, or an object of the user's own, holds, with what leads to it."""
     if isinstance(value, dict):
-        return list(value.items())
+        return list(dict.items(value))
     if isinstance(value, (list, tuple)):
-        return [(i - len(value), x) for i, x in enumerate(value)]
+        held = elements(value)
+        return [(i - len(held), x) for i, x in enumerate(held)]
     return [] if is_foreign(type(value)) else [(f".{name}", x) for name, x in attributes_of(value).items()]
 
 
