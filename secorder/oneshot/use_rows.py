@@ -78,6 +78,7 @@ class Evidence:
     Attributes:
         layouts: by operation, the layout of each output; None where there is none, so that no sample owns its rows.
         moved: operations that the model's output depends on.
+        blank: those of which it does by the graph alone, so that zeros would do for samples anywhere.
         ahead: how many operations behind those that are asked about are looked at with them.
     """
 
@@ -86,6 +87,7 @@ class Evidence:
     def __init__(self) -> None:
         self.layouts: dict[Node, list[Layout | None]] = {}
         self.moved: set[Node] = set()
+        self.blank: set[Node] = set()
 
     def judge(self, nodes: Sequence[Node]) -> None:
         """Find the layouts of operations."""
@@ -190,7 +192,8 @@ class ByCotangents(Evidence):
                             options[i].remove(layout)
         for shape, ids in alike.items():
             moved = (before[shape].reshape(len(ids), -1) != 0).any(1).tolist()
-            self.moved |= {outputs[i][0] for i, here in zip(ids, moved, strict=True) if here}
+            for i, here in zip(ids, moved, strict=True):
+                (self.moved if here else self.blank).add(outputs[i][0])
         return [next(iter(choices), None) for choices in options]
 
 

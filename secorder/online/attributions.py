@@ -75,7 +75,7 @@ class Attributions:
     def scheduled(self, mode: tuple[bool, ...], found: Attribution | None) -> bool:
         """Count a recorded batch: whether it is to be looked at (1, 2, 4, 8, …, and now and then), as it is known."""
         batch = self._batches[mode] = self._batches.get(mode, 0) + 1
-        if found is None or found.provisional:
+        if found is None or found.provisional or found.untested:
             return True
         return batch & (batch - 1) == 0 or now_and_then(batch, ONE_IN)
 
@@ -144,7 +144,7 @@ class Attributions:
         moved = []
         for layer in before.layers:
             calls = before.known.get(layer.name, ())
-            if not calls or layer.name in before.unknown | before.outside | after.hidden:
+            if not calls or layer.name in before.unknown | before.outside | before.untested | after.hidden:
                 continue
             if not _alike(layer, by_name.get(layer.name, layer)) or any(
                 explain(calls, now.place, now.shape, now.arguments, now.num_samples) not in (None, now.layout)

@@ -685,3 +685,20 @@ def test_a_look_in_which_no_gradient_comes_to_a_layer_tells_nothing_of_it(router
     ]
     came = follow(model, batches, lambda m, b: F.cross_entropy(m(b[0], b[1]), b[2]), layer_types="all")
     assert came.exact, came
+
+
+@pytest.mark.parametrize("router", [nn.Linear, Router])
+@pytest.mark.parametrize("opens", [1, 2, 4, 6])
+def test_a_branch_that_opens_later_is_looked_at_until_it_does(router: type[nn.Linear], opens: int) -> None:
+    """Of a branch that starts at zero, the first looks tell nothing of where the samples are: here in windows."""
+
+    def forward(m: Any, x: Tensor, switch: Tensor) -> Tensor:
+        windows = m.second(torch.tanh(m.first(x.reshape(-1, 4, 4).transpose(0, 1))))
+        return m.head((x + switch[..., None] * windows.transpose(0, 1).reshape(x.shape)).mean(1))
+
+    model = Net(forward, first=router(4, 4), second=router(4, 4), head=nn.Linear(4, 3))
+    batches = [
+        (torch.randn(4, 8, 4), torch.full((4, 1), float(step >= opens)), torch.randint(3, (4,))) for step in range(7)
+    ]
+    came = follow(model, batches, lambda m, b: F.cross_entropy(m(b[0], b[1]), b[2]), layer_types="all")
+    assert came.exact, came

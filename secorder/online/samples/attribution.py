@@ -37,6 +37,8 @@ class Attribution:
     #: layers whose parameters the model also uses outside of the calls of their enclosing modules
     outside: frozenset[str] = frozenset()
     reached: frozenset[str] = frozenset()  #: layers whose calls the model's output depends on
+    #: layers that no gradient came to, though it might, so that zeros would do for samples anywhere: to be seen again
+    untested: frozenset[str] = frozenset()
     coupled: bool = False  #: whether samples influence one another in the model
     #: whether they do by batch normalisation, or by ranges of fake quantisation, alone; the rest is then known for
     #: fixed statistics
@@ -125,7 +127,7 @@ class Attribution:
 
 def merged(before: Attribution, after: Attribution) -> Attribution:
     """What a new look found, with what earlier ones verified of the layers that are captured as they were."""
-    same = {x.name for x in before.layers} & {x.name for x in after.layers if x in before.layers}
+    same = {x.name for x in after.layers if x in before.layers} - before.untested
     known = {
         name: _latest((*after.known.get(name, ()), *(before.known.get(name, ()) if name in same else ())))
         for name in {**before.known, **after.known}

@@ -180,6 +180,7 @@ def _updated(found: Attribution, again: Attribution, names: set[str]) -> Attribu
         routes={**found.routes, **again.routes},
         hidden=found.hidden | again.hidden,
         reached=found.reached - names | again.reached,
+        untested=found.untested - names | again.untested,
     )
 
 
@@ -231,7 +232,8 @@ def _attribute(
         routed = layers_of_routed_rows(layers, forward, arguments, hypothesis) if routable and layers else set()
         uses = _uses(asked, operated, layers, isolated, forward, hypothesis, graph, routable)
         coupled = _coupling(asked, forward, hypothesis, graph, beside) if chosen is None else frozenset()
-        attribution = _concluded(asked, every, hypothesis, options, found, uses)
+        blank = {z.layer.name for z in seen if z.layer.name in found[0] and graph.depends_on(z.leaves)} - found[2]
+        attribution = _concluded(asked, every, hypothesis, options, found, uses, blank | uses.blank)
         bent = _not_linear(asked, isolated, forward, graph, seen, operated)
     return replace(
         attribution,
@@ -324,6 +326,7 @@ def _concluded(
     options: Sequence[Sequence[Layout]],
     rows: Rows,
     uses: UseRows,
+    blank: set[str],
 ) -> Attribution:
     """What the rows of layers and of operations tell, for a batch whose samples are known."""
     known, unknown, reached = rows
@@ -337,9 +340,9 @@ def _concluded(
         for name, calls in uses.known.items()
     }
     reached = reached | uses.reached
-    before = {} if asked.before is None else asked.before.known
-    if before:  # where no gradient comes, zeros would do for samples anywhere: what was verified before still holds
-        verified = {name: calls for name, calls in verified.items() if name in reached or name not in before}
+    # Where no gradient comes, zeros would do for samples anywhere: what was verified before still holds.
+    held = set() if asked.before is None else asked.before.known.keys() - asked.before.untested
+    verified = {x: calls for x, calls in verified.items() if x not in held or (x in reached and x not in blank)}
     by_rules = all(x.rule is not None for x in every)
     return Attribution(
         dims=hypothesis.dims,
@@ -349,6 +352,7 @@ def _concluded(
         outputs=tuple(o[0] if o else None for o in options),
         unknown=frozenset(unknown | uses.unknown),
         reached=frozenset(reached),
+        untested=frozenset(blank & verified.keys()),
         routes=uses.routes,
         hidden=frozenset(uses.hidden),
         provisional=count == 1 or hypothesis.untested,

@@ -42,6 +42,7 @@ class UseRows:
     unknown: set[str] = field(default_factory=set)  #: layers whose uses could not be told
     hidden: set[str] = field(default_factory=set)  #: those of these whose operations a checkpoint hides
     reached: set[str] = field(default_factory=set)  #: layers that the model's output depends on
+    blank: set[str] = field(default_factory=set)  #: layers of which a use got no gradient, though it might
 
 
 def rows_of_uses(
@@ -88,6 +89,8 @@ def rows_of_uses(
         ]
         if any(use.node in evidence.moved for use in uses.uses):
             result.reached.add(name)
+        if any(use.node in evidence.blank for use in uses.uses):
+            result.blank.add(name)
     if routed is not None:
         result.unknown |= _routed(parameters, result, routed, arguments, chosen)
     return result
