@@ -85,12 +85,12 @@ def _cost_of_lanczos(product: Operator, start: Tensor, ends: Ends, allowance: fl
     Residuals fall geometrically, about.
     """
     most, count = min(ends.max_iterations, len(start)), _FIRST
-    told: list[Eigenvalues] = []
+    runs: list[Eigenvalues] = []
     begun = time.perf_counter()
     while True:
         some = replace(ends, max_iterations=min(count, most))
-        seconds = seconds_of(lambda: told.append(lanczos(product, start, some)))  # noqa: B023
-        found = told[-1]
+        seconds = seconds_of(lambda: runs.append(lanczos(product, start, some)))  # noqa: B023
+        found = runs[-1]
         if found.converged or count >= most:
             return seconds, found.num_hvps
         if time.perf_counter() - begun > allowance:

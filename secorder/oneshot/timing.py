@@ -101,17 +101,17 @@ def of_nearest(
         tell: of one, by its place.
         most: seconds after which no other one is begun, beside the first, with which much may happen that one time.
     """
-    told: dict[int, Value] = {}
+    values: dict[int, Value] = {}
     start = math.inf
     spread = sorted(range(len(kinds)), key=lambda place: f"{place:032b}"[::-1])  # every 16th, 8th, 4th, …
     first = {kinds[place]: place for place in reversed(spread)}
     for place in sorted(spread, key=lambda place: first[kinds[place]] != place):
         if time.perf_counter() - start > most:
             break
-        told[place] = tell(place)
+        values[place] = tell(place)
         start = min(start, time.perf_counter())
-    nearest = [min(told, key=lambda other: (kinds[other] != kind, abs(other - k))) for k, kind in enumerate(kinds)]
-    return [(told[place], place) for place in nearest]
+    nearest = [min(values, key=lambda other: (kinds[other] != kind, abs(other - k))) for k, kind in enumerate(kinds)]
+    return [(values[place], place) for place in nearest]
 
 
 def seconds_of(work: Callable[[], object]) -> float:

@@ -82,7 +82,7 @@ class Kind(NamedTuple):
     """What batches that are added at once have in common."""
 
     places: tuple[int, ...]  #: the numbers of the layers
-    told: tuple[bool, ...]  #: of each, whether the norm of its batch gradient is known
+    known: tuple[bool, ...]  #: of each, whether the norm of its batch gradient is known
     samples: int  #: of the batch, those without a loss among them
     terms: Terms  #: what their numbers are weighted by
     decay: float | None  #: of a moving average
@@ -187,10 +187,10 @@ class NormSums:
         if everywhere is not None:
             squares, totals = (x[None] for x in everywhere(squares[0], totals[0]))
         own = squares.sum(2)
-        ones, told = (
-            self._constants.vector(numbers, like).expand_as(own) for numbers in ([1.0] * len(kind.told), kind.told)
+        ones, known = (
+            self._constants.vector(numbers, like).expand_as(own) for numbers in ([1.0] * len(kind.known), kind.known)
         )
-        numbers = torch.stack([ones, own, torch.linalg.vecdot(squares, squares), told, told * own, totals], 2)
+        numbers = torch.stack([ones, own, torch.linalg.vecdot(squares, squares), known, known * own, totals], 2)
         fine = finite(numbers.sum(2))  # of what is nowhere negative
         linear = self._matrix(kind.terms)
         increments = torch.where(fine[:, :, None], numbers @ linear, _not_finite(linear) if kind.kept else 0.0)

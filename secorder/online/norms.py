@@ -165,9 +165,9 @@ def add_norms(fisher: OnlineFisher, record: ForwardRecord, seen: Tensor | None) 
     sums = fisher.norms
     weight = 1.0 if fisher.decay is None else (1 - fisher.decay) / fisher.of_all(record)
     count = record.num_samples if record.counted is None else record.counted
-    totals, told = _totals(fisher, record, layers)
+    totals, known = _totals(fisher, record, layers)
     terms, keep = Terms(count, weight, fisher.factor(record)), fisher.on_nonfinite == "keep"
-    batch, kind = Batch(norms, totals), Kind(places, told, record.num_samples, terms, fisher.decay, keep)
+    batch, kind = Batch(norms, totals), Kind(places, known, record.num_samples, terms, fisher.decay, keep)
     if seen is not None and fisher.ranks is None and fisher.on_nonfinite != "raise" and record.counted is None:
         sums.wait(batch, kind, seen)
         return True
@@ -219,7 +219,7 @@ def _totals(
     assert backward is not None
     whole = fisher.penalty is None and (fisher.forwards == "joined" or len(backward.records) == 1)
     rows: list[list[Tensor]] = []
-    told = []
+    every_known = []
     for layer in layers:
         squares, known = record.layers[layer.name].squares, True
         if squares is not None:
@@ -229,7 +229,7 @@ def _totals(
             keys = [keys[i] for i in _answered_for(layer)] if layer.split else keys
             row = [norm for norm in map(backward.norms.get, keys) if norm is not None]
             known = whole and len(row) == len(keys)
-        told.append(known)
+        every_known.append(known)
         rows.append(row if known else [])
     widths = set(map(len, rows))
     if len(widths) > 1 or 0 in widths:
@@ -237,4 +237,4 @@ def _totals(
         none = torch.zeros((), dtype=torch.float64, device=fisher.norms.device)
         zero = next((row[0] for row in rows if row), none).new_zeros(())
         rows = [[*row, *[zero] * (width - len(row))] for row in rows]
-    return list(chain.from_iterable(rows)), tuple(told)
+    return list(chain.from_iterable(rows)), tuple(every_known)
