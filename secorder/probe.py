@@ -97,17 +97,17 @@ class CurvatureProbe:
     the mean over all samples seen of the squared *per-sample* gradients (not the square of the mean gradient), at the
     cost of one matrix product per layer. :meth:`hessian_diagonal` and one-shot calls of :meth:`fisher_diagonal` run
     passes of their own when asked. The model is left as it is: outputs, gradients, random state, buffers and
-    ``state_dict`` are bit for bit what they are without the probe; of a compiled model, what the eager one's are, since
-    recorded forwards run eagerly.
+    ``state_dict`` are bit for bit what they are without the probe. Recorded forwards of a compiled model run eagerly,
+    and match the eager model bit for bit.
 
     Args:
         model: the module whose call is one batch, samples in dim 0.
         layer_types: which modules to measure, subclasses included: types, or ``"all"`` for every module that holds
             parameters; None means ``(nn.Linear, nn.Conv2d)``.
-        layers: names or shell-style patterns (``"encoder.*"``) of the modules to measure; with ``layer_types``
-            None, of any type. With an exclamation mark before it (``"!head"``), of those to leave out.
-        frozen: measure frozen layers too, whose Fisher costs what a trained layer's does. By default they are left out
-            where others are trained, unless ``layers`` names them.
+        layers: names or shell-style patterns (``"encoder.*"``) of the modules to measure, of any type unless
+            ``layer_types`` is given. A name or pattern after an exclamation mark (``"!head"``) is left out.
+        frozen: measure frozen layers too, at the same cost as trained ones. By default they are left out if other
+            layers are trained, unless ``layers`` names them.
         reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, ``"sum"``, a
             loss module (its ``reduction``), or a function of the model's arguments that returns the weights c_n of
             L = Σ_n c_n ℓ_n, one a sample (token means with padding, class weights; see :func:`secorder.token_weights`).
@@ -117,31 +117,32 @@ class CurvatureProbe:
             ``F ← decay · F + (1 − decay) · F_batch``, corrected for its start at zero.
         sample_dim: the dimension of the model's inputs (and, if they have it, outputs and targets) that holds the
             samples, or a mapping of argument names to dimensions (None for an argument without samples; for all of them
-            where each call is one sample), or ``"list"`` where each entry of a list is one, such as images of several
-            sizes. By default it is found: the dimension along which the model's outputs do not influence one another,
-            else the entries of a list, or the graphs that a vector ``[0, 0, 1, 2, 2, …]`` gives nodes to. Where they
-            are in each layer is found and verified.
-        strict: raise at once, also inside of the model's forward and backward, where a number cannot be given: for
-            coupled samples (:class:`~secorder.CouplingError`), gradient from outside of a layer, an error of the
-            probe's own. By default training goes on, there is one warning, and reading the number raises.
-        loss_scale: what the training loss is multiplied by before ``backward``: a number (``1 / 4`` where gradients of
-            four micro-batches are accumulated), a ``torch.amp.GradScaler`` (or anything with ``get_scale()``), or a
-            function that returns the number, or ``"returned"`` for a model that returns its loss: then it is the
-            gradient that training puts on it. It is divided out of every gradient. By default it is taken to be one;
-            where a model returns a loss that is multiplied by another number, reading raises.
-        forwards: what several forwards that one backward runs through mean: ``"separate"``, each forward has samples of
-            its own (a GAN's real and fake images); ``"joined"``, row n of all of them is one sample (a siamese net, a
-            rollout), whose gradients are added before they are squared. By default they are separate where their
-            numbers of samples differ, and where these are the same, reading raises.
-        penalty: ``"shared"`` where the loss holds a term that is the same for each sample, such as an L2 penalty: its
-            gradient then belongs to each ℓ_n. By default reading a layer raises that gets gradient from outside of its
-            calls.
-        accumulate: ``"diagonal"``, or ``"trace"`` for the norms of per-sample gradients alone: :meth:`fisher_trace` and
-            :meth:`gradient_noise_scale` of every batch, for next to nothing, and no memory of the parameters' size.
-        precision: in what the matrix products of diagonal and norms take their factors; sums are in float32.
-            ``"float32"``; ``"bfloat16"``, which is right to 2⁻⁷ of each entry of a layer with one position, and as near
-            as training's own gradient of the weight elsewhere (:mod:`secorder.layers.low_precision`); ``"auto"`` for
-            bfloat16 where a layer computes in half precision on a device that is faster in it, so not on the CPU.
+            if each call is one sample), or ``"list"`` if each entry of a list is one, such as images of several sizes.
+            By default it is found: the dimension along which the model's outputs do not influence one another, or the
+            entries of a list, or the graphs of a batch vector ``[0, 0, 1, 2, 2, …]``. Where the samples are in each
+            layer is always found, and verified.
+        strict: raise at once, even inside the model's forward and backward, if a number cannot be given: for coupled
+            samples (:class:`~secorder.CouplingError`), a gradient from outside of a layer, or an error of the probe's
+            own. By default training goes on, and reading the number raises; most causes are warned of once.
+        loss_scale: the factor by which training multiplies the loss before ``backward``; it is divided out. A number
+            (``1 / 4`` if gradients of four micro-batches are accumulated), a ``torch.amp.GradScaler`` (or anything with
+            ``get_scale()``), a function that returns the number, or ``"returned"`` for a model that returns its loss,
+            whose factor the probe can see. By default it is one; if a model returns a loss that is multiplied by
+            another number, reading raises.
+        forwards: what it means if one backward runs through several forwards: ``"separate"``, each forward has samples
+            of its own (a GAN's real and fake images); ``"joined"``, row n of all of them is one sample (a siamese net,
+            a rollout), whose gradients are added before they are squared. By default forwards with different numbers of
+            samples are separate; with equal numbers, reading raises.
+        penalty: ``"shared"`` if the loss has a term that is the same for each sample, such as an L2 penalty: its
+            gradient then belongs to each ℓ_n. By default, reading a layer with a gradient from outside of its calls
+            raises.
+        accumulate: ``"diagonal"``, or ``"trace"`` for norms of per-sample gradients alone, which serve
+            :meth:`fisher_trace` and :meth:`gradient_noise_scale` at little cost and without memory of the parameters'
+            size.
+        precision: the precision of the factors in the matrix products of diagonals and norms; sums are in float32.
+            ``"float32"``; ``"bfloat16"``, with an error of at most 2⁻⁷ of each entry for a layer with one position, and
+            elsewhere as exact as training's own gradient (:mod:`secorder.layers.low_precision`); ``"auto"``, which
+            takes bfloat16 if a layer computes in half precision on a device that is faster in it (not on the CPU).
         on_nonfinite: what to do with a layer's gradient that holds nan or inf (one bad batch, a step that a
             ``GradScaler`` will skip): ``"skip"`` leaves the batch out of that layer's mean and counts it in
             :attr:`num_skipped`; ``"raise"`` raises :class:`~secorder.NonFiniteError`; ``"keep"`` accumulates it.

@@ -1,7 +1,7 @@
 """What every measurement returns: one diagonal per layer, and how it was computed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from math import inf
 from numbers import Real
@@ -53,6 +53,13 @@ class Strategy(str, Enum):
 
     def __format__(self, specification: str) -> str:
         return format(self.value, specification)
+
+
+def brief(result: Any) -> str:
+    """A dataclass as Python shows it, with numbers of four digits."""
+    values = [(one.name, getattr(result, one.name)) for one in fields(result)]
+    texts = [f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value!r}" for name, value in values]
+    return f"{type(result).__name__}({', '.join(texts)})"
 
 
 @dataclass(frozen=True)

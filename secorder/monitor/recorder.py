@@ -38,7 +38,7 @@ TAKEN = (
 
 
 class CurvatureRecorder:
-    """Logs what a model that trains is like; call :meth:`step` once a training step.
+    """Logs curvature, norms and findings of a model during training; call :meth:`step` once after each training step.
 
     Each point shows its time: the Fisher is the mean over the samples since the last point, the loss the mean over its
     steps. Of a probe with ``decay`` it is the moving average. Names are ``statistic/layer``:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._torch.pytree import tensors_in
+from ..results import brief
 from .fisher import fisher_diagonal
 from .ggn_estimates import ggn_estimates
 from .hessian.budget import Budget
@@ -30,8 +31,8 @@ class Trace:
         standard_error: of the estimate; 0 where it is exact, inf after one draw.
         num_draws: draws; 0 where it is exact.
         converged: whether ``rtol`` was met; where none was asked for, whether the error is below half the value.
-        num_samples: of an empirical Fisher that training accumulated, the samples that the standard error is of; else
-            None. There, the error is that over samples, and nan where nothing tells it.
+        num_samples: for an empirical Fisher that training accumulated, how many samples it has seen; its standard error
+            is that of a mean over samples, or nan if it is not known. None otherwise.
     """
 
     value: float
@@ -39,6 +40,8 @@ class Trace:
     num_draws: int
     converged: bool
     num_samples: int | None = None
+
+    __repr__ = brief
 
 
 def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: By = "layer") -> dict[str, Trace]:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ..results import brief
 from .norm_sums import Row
 
 
@@ -34,6 +35,8 @@ class NoiseScale:
     value: float
     squared_norm: float
     variance: float
+
+    __repr__ = brief
 
     @classmethod
     def of(cls, squared_norm: float, variance: float) -> "NoiseScale":

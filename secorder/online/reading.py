@@ -30,8 +30,8 @@ Read = tuple[WindowSums, Mapping[str, str]]
 _NOT_FINITE = 'lower the learning rate or the loss scale, or pass on_nonfinite="keep" to see them.'
 
 NO_NOISE = (
-    "no batch has shown the gradient noise yet: it needs batches of at least two samples, one forward for each "
-    'backward (or forwards="joined" or "separate", whichever holds), and no penalty=.'
+    'gradient noise needs batches of more than one sample, one forward for each backward (or forwards="joined" or '
+    '"separate", whichever holds), and no penalty=: there was no such batch.'
 )
 
 

@@ -139,3 +139,10 @@ def test_it_is_the_batch_size_at_which_signal_and_noise_are_equal() -> None:
     assert math.isclose(noise.squared_norm, square, rel_tol=0.05)
     assert math.isclose(noise.variance, 6 * square, rel_tol=0.05)
     assert math.isclose(noise.value, 6.0, rel_tol=0.05)
+
+
+def test_it_prints_in_few_digits() -> None:
+    assert (
+        repr(NoiseScale.of(0.5898951693, 12.348018577))
+        == "NoiseScale(value=20.93, squared_norm=0.5899, variance=12.35)"
+    )
