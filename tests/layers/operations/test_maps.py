@@ -57,13 +57,14 @@ def test_carried_to_the_parameter(index: int, factors: bool) -> None:
     torch.testing.assert_close(dense(found, p.numel()).reshape(3, *p.shape), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_transposed_matrix_stays_in_factors() -> None:
-    p = torch.randn(5, 3, requires_grad=True)
-    z = p.t()
-    ((_, found),) = carried(
-        Outer(torch.randn(2, 1, 4, 5), torch.randn(2, 1, 4, 3)), (z.grad_fn, 0), {accumulate_node(p): "p"}, {}
-    )
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_matrices_stay_in_factors(groups: int) -> None:
+    p = torch.randn(5, 3, requires_grad=True) if groups == 1 else torch.randn(groups, 5, 3, requires_grad=True)
+    z = p.transpose(-1, -2)
+    g = Outer(torch.randn(2, groups, 4, 5), torch.randn(2, groups, 4, 3))
+    ((_, found),) = carried(g, (z.grad_fn, 0), {accumulate_node(p): "p"}, {})
     assert isinstance(found, Outer)
+    assert torch.equal(dense(found, p.numel()).view(2, *p.shape), dense(g, p.numel()).view(2, *z.shape).mT)
 
 
 def test_names_of_nodes_are_those_of_this_torch() -> None:
