@@ -67,6 +67,11 @@ def before_backward(owner: Any, work: Work, of: Any) -> None:
             setattr(torch.autograd, _NAME, _Entry(now))
 
 
+def waits(owner: Any) -> bool:
+    """Whether an owner's work has not been done yet."""
+    return ref(owner) in _waiting
+
+
 def wait_no_more(of: Any = None, owners: Collection[int] = ()) -> None:
     """Take back all that waits for one thing, or is some owners', by ``id``."""
     for key, (_, number) in _waiting.copy().items():

@@ -71,6 +71,7 @@ class Attachment:
         self._patience = 1.0  # seconds that a look waits for other threads' passes; halved by each wait in vain
         self._beginning = threading.RLock()
         self.verifying: int | None = None  # the thread in which the model is verified
+        self.watched: ref[ForwardRecord] | None = None  # the latest forward whose loss is to be looked at
 
     def attach(self) -> None:
         """Register the hooks of the model."""

@@ -26,7 +26,7 @@ from .finite import finite
 from .fisher import OnlineFisher
 from .layer_record import Start
 from .losses.reduction import weights_of
-from .losses.watching import watch_losses
+from .losses.watching import watch_losses, watches
 from .operations import explain_uses, follow, hook_uses
 from .record import ForwardRecord, slot
 from .samples.attribution import Attribution
@@ -57,7 +57,8 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
     needed = unknown or (known is not None and known.provisional and count != 0)
     wanted = scheduled and not attributions.certain(known) and count is not None and count > 1
     # Ranks that hold other numbers of samples are not to differ in what they look at.
-    scheduled = scheduled or (fisher.ranks is None and count is not None and fisher.sizes.wants(count))
+    looks = scheduled or watches(attachment) or (count is not None and fisher.sizes.wants(count))
+    scheduled = scheduled if fisher.ranks is not None else looks
     if not (needed or wanted or fisher.ranks):
         return _opened(fisher, known, count, shapes, (False, scheduled), (args, kwargs))
     empty = True in [0 in shape[:2] for shape in shapes]

@@ -21,7 +21,8 @@ As that backward begins, of verification batches, in the graph that still holds 
 - :mod:`.seen`: what is between the loss and those tensors, seen once for all that follow.
 - :mod:`.coupling`: does the loss couple samples, by its second derivatives?
 - :mod:`.choices`: does it choose among samples, or compare them, which no derivative tells?
-- :mod:`.weights`: does it weight samples, by classes, tokens, or one mean over several forwards?
+- :mod:`.weights`: does it weight samples, by classes or tokens?
+- :mod:`.several`: of several forwards, is it one mean over all of them?
 - :mod:`.powers`: is it a mean, or a sum, over samples, by what is on each path?
 - :mod:`.sizes`: does that go with the number of samples?
 - :mod:`.scale`: is it multiplied by a scaler, or what the model returns by a loop?

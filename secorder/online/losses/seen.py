@@ -25,6 +25,12 @@ class SeenLoss:
     outputs: Mapping[Place, Output]  #: of the model, or of layers, by where the graph has them
     groups: Mapping[int, int]  #: by number of a group of outputs whose row n is one sample, how many samples these hold
 
+    def of_group(self, group: int) -> "SeenLoss":
+        """What there is of it between the loss and the outputs of one group, all others being constants."""
+        outputs = {place: own for place, own in self.outputs.items() if own.group == group}
+        order = nodes_between([node for node, _ in self.roots], {node for node, _ in outputs})
+        return SeenLoss(self.roots, order, outputs, {group: self.groups[group]})
+
     @cached_property
     def gradients(self) -> dict[Place, Tensor]:
         """Those on the outputs, with their graph: see :func:`secorder._torch.loss_graph.pull_back`."""

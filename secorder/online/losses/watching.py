@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.autocast import no_autocast
-from ..._torch.beginning import before_backward, wait_no_more
+from ..._torch.beginning import before_backward, wait_no_more, waits
 from ..._torch.graph import Node, current_node, is_builtin, nodes_behind, tells_recomputation
 from ..._torch.loss_graph import Place, UnknownNode, normalises
 from ..._torch.surroundings import inside_transform
@@ -31,7 +31,8 @@ from .marks import Output, mark_outputs, outputs_behind
 from .powers import paths_of, reduced_otherwise
 from .scale import tell_scaler, watch_scale
 from .seen import SeenLoss, roots_of, see
-from .weights import MEAN_OF_SEVERAL, takes_mean_of_several, weights_of_loss
+from .several import reduced_over_several
+from .weights import weights_of_loss
 
 if TYPE_CHECKING:
     from ..hooks import Attachment
@@ -77,6 +78,13 @@ def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -
     looks = record.scheduled and tells_recomputation() and not any(layer.split for layer in fisher.layers)
     if looks and mark_outputs(attachment, record, output, () if found.provisional else found.outputs):
         before_backward(record, partial(_begins, ref(attachment)), attachment)
+        attachment.watched = ref(record)
+
+
+def watches(attachment: "Attachment") -> bool:
+    """Whether the latest forward of those that are watched waits for its backward: that may be this forward's, too."""
+    latest = None if attachment.watched is None else attachment.watched()
+    return latest is not None and waits(latest)
 
 
 def _watch_beside(
@@ -206,7 +214,7 @@ def _otherwise(fisher: OnlineFisher, loss: SeenLoss) -> str:
         return ""
     if len(loss.groups) > 1:
         untold = fisher.returned is None and (fisher.forwards is not None or len(set(loss.groups.values())) > 1)
-        return MEAN_OF_SEVERAL if told == "mean" and untold and takes_mean_of_several(loss) else ""
+        return reduced_over_several(loss, told) if untold else ""
     (count,) = loss.groups.values()
     if (reason := weights_of_loss(loss, count)) or fisher.returned is not None:
         return reason

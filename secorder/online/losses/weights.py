@@ -3,19 +3,14 @@
 A mean over targets with class weights, over those that are not ignored or were selected, or a sum that is divided by
 the number of tokens, is L = Σ_n c_n ℓ_n with other c_n than 1/N. What a loss does with masks of its own does not show,
 unless the number that it divides by does.
-
-Where each of several forwards has samples of its own, ``reduction="mean"`` is a mean over these: L = Σ_f (1/N_f) Σ_n
-ℓ_fn, as of D(real) + D(fake). A loss of outputs that were put together before, such as of a batch that is cut into
-chunks, or of the steps of an episode, divides by the number of all samples.
 """
 
 from collections.abc import Iterator
-from math import prod
 
 import torch
 from torch import Tensor
 
-from ..._torch.graph import Node, operation_of, run_node, shape_of
+from ..._torch.graph import Node, run_node
 from ..._torch.loss_graph import UnknownNode, pull_back
 from ..._torch.loss_terms import hides, is_mean, mean_over_targets, multiplier, uniform, weights_within
 from .powers import WEIGHTED, differ
@@ -23,12 +18,6 @@ from .seen import SeenLoss
 
 #: Operations by constants that are looked at, at most.
 MOST_WEIGHTED = 8
-
-MEAN_OF_SEVERAL = (
-    'the loss is one mean over what several forwards returned together, where reduction="mean" is a mean over the '
-    'samples of each forward: pass loss_scale=1/k for k forwards of as many samples each, reduction="sum" and '
-    "loss_scale=1/n for n samples in all, or loss_scale=1 where it is as specified."
-)
 
 
 @torch.no_grad()
@@ -108,23 +97,3 @@ def _by_chance(weights: Tensor, factors: set[float]) -> bool:
 
 def _near(number: float, *others: float) -> bool:
     return any(abs(number - other) < 2e-5 * other for other in others)
-
-
-def takes_mean_of_several(loss: SeenLoss) -> bool:
-    """Whether a loss puts outputs of several groups into one tensor, and takes a mean of that."""
-    groups: dict[Node, set[int]] = {}
-    together: set[Node] = set()
-    for node in reversed(loss.order):
-        before = [place for place in node.next_functions if place[0] is not None]
-        own = [{loss.outputs[x].group} if x in loss.outputs else groups.get(x[0], set()) for x in before]
-        groups[node] = set().union(*own)
-        joined = operation_of(node) in ("Cat", "Stack") and len(groups[node]) > 1
-        # Numbers that are put together are means already, unless each forward holds one sample.
-        samples = max((loss.groups[group] for group in groups[node]), default=0)
-        if joined and (samples == 1 or any(prod(shape_of(*x)) > 1 for x in before)):
-            together.add(node)
-        elif any(x in together for x, _ in before):
-            if prod(shape_of(node, 0)) == 1 and is_mean(node):
-                return True
-            together.add(node)
-    return False
