@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder._torch.graph import tells_recomputation
+from secorder._torch.loss_graph import Place, place_of
+from secorder.layers.layout import DIM_ZERO
+from secorder.online.losses.coupling import couples
+from secorder.online.losses.marks import Output
+from secorder.online.losses.seen import see
 from secorder.online.reading import unreadable
 
 from ...helpers import Net, data, make
@@ -318,3 +323,14 @@ def test_outputs_over_sequences_that_are_overwritten_in_place(
                 probe.fisher_diagonal()
         else:
             assert probe.fisher_diagonal().keys() == {"a", "b"}
+
+
+def test_few_samples_whose_gradients_add_up_to_zero_are_seen_to_be_coupled() -> None:
+    """A softmax's do, so that what is drawn for each of them must not be the same by chance."""
+    for _ in range(64):
+        z = torch.randn(2, 2).requires_grad_().clone()
+        total = F.cross_entropy(z, torch.tensor([0, 1])).square()
+        outputs: dict[Place, Output | None] = {place_of(z): Output(DIM_ZERO, 1.0, 2)}
+        loss = see({place_of(total): torch.ones_like(total)}, {0: outputs}, joined=False)
+        assert loss is not None
+        assert couples(loss)
