@@ -7,7 +7,7 @@ A node that mixes samples, or that is not known, tells nothing of what is behind
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -88,19 +88,19 @@ def samples_in_nodes(
 
     With ``tell_shared``, :data:`SHARED` where all samples share it.
     """
-    found = _sizes_in_nodes(outputs, inner_sizes, count)
+    edges = [(get_gradient_edge(t), size) for t, size in zip(outputs, inner_sizes, strict=True) if t.requires_grad]
+    found = sizes_behind([(edge.node, edge.output_nr, size) for edge, size in edges], count)
     return found if tell_shared else {key: inner or None for key, inner in found.items()}
 
 
-def _sizes_in_nodes(outputs: Sequence[Tensor], inner_sizes: Sequence[int], count: int) -> InnerSizes:
+def sizes_behind(
+    begins: Iterable[tuple[Node, int, int | None]], count: int, ends: Collection[tuple[Node, int]] = ()
+) -> InnerSizes:
+    """The same behind places of the graph whose inner sizes are known, as far as others (``ends``)."""
     found: dict[tuple[Node, int], int | None] = {}
     shapes: dict[tuple[Node, int], Shape] = {}
     seen: set[tuple[Node, int, int | None]] = set()
-    waiting: list[tuple[Node, int, int | None]] = []
-    for output, size in zip(outputs, inner_sizes, strict=True):
-        if output.requires_grad:
-            edge = get_gradient_edge(output)
-            waiting.append((edge.node, edge.output_nr, size))
+    waiting = list(begins)
     while waiting:
         here = waiting.pop()
         if here in seen:
@@ -108,6 +108,8 @@ def _sizes_in_nodes(outputs: Sequence[Tensor], inner_sizes: Sequence[int], count
         seen.add(here)
         node, index, inner = here
         found[node, index] = inner if found.get((node, index), inner) == inner else None
+        if (node, index) in ends:
+            continue
         edges = [(k, following) for k, following in enumerate(node.next_functions) if following[0] is not None]
         # Behind what all share, or what is not known, is more of it.
         sizes = _through(node, index, inner, count, shapes) if inner else [inner] * len(node.next_functions)

@@ -5,6 +5,9 @@ Each sample has a loss of its own where the loss L of the batch is a sum of func
 others. Where it is more than rounding (a contrastive loss, a statistic of the batch, the root of a mean), they are
 coupled. Of several forwards that are looked at, n and m may be samples of different ones.
 
+Where the graph shows each number that the loss adds up to be of one sample, as those of a cross entropy, no derivative
+is taken: it takes several times the memory of the outputs, which may be logits over all words of a language.
+
 Choices among samples have no second derivative there: see :mod:`.choices`. What PyTorch knows no second derivative of,
 such as a custom function, is not seen; what other samples bring as constants is no coupling (advantages that are
 normalised, keys without a gradient).
@@ -13,12 +16,19 @@ normalised, keys without a gradient).
 import torch
 from torch import Tensor
 
+from ..._torch.graph import is_complex, operation_of, shape_of
 from ..._torch.loss_graph import Place, place_of, pull_back
+from ..._torch.loss_terms import hides
 from ..._torch.random_state import fresh_generator
+from ..._torch.sample_graph import inner_size, sizes_behind
 from ...layers.dtypes import rounding
 from ...oneshot.independence import over_samples
 from ..finite import largest
 from .seen import SeenLoss
+
+#: Operations that are linear in all that they are given, and those that are so in the first.
+SUMS = frozenset({"Add", "Mean", "Neg", "Sub", "Sum"})
+LINEAR_IN_FIRST = frozenset({"Div", "Mul", "NllLoss", "NllLoss2D"})
 
 
 def couples(loss: SeenLoss, *, statistics_fixed: bool = False) -> list[Place]:
@@ -26,6 +36,8 @@ def couples(loss: SeenLoss, *, statistics_fixed: bool = False) -> list[Place]:
 
     The statistics of batch normalisation may be taken for constants.
     """
+    if adds_up_samples(loss):
+        return []
     chosen = {  # of forwards of one sample each, the first one's
         group: torch.randperm(count, generator=fresh_generator(), device="cpu") < (count + 1 - number % 2) // 2
         for number, (group, count) in enumerate(loss.groups.items())
@@ -51,6 +63,40 @@ def couples(loss: SeenLoss, *, statistics_fixed: bool = False) -> list[Place]:
         if others.numel() and bool(largest(others) > bound):  # not where the bound is no finite number
             found.append(place)
     return found
+
+
+def adds_up_samples(loss: SeenLoss) -> bool:
+    """Whether the graph shows a loss to be linear in numbers of which each is computed from one sample's outputs."""
+    if len(loss.groups) > 1 or any(hides(node) or is_complex(node) for node in loss.order):
+        return False
+    (count,) = loss.groups.values()
+    leads = {*loss.order, *(node for node, _ in loss.outputs)}
+    waiting = [place for place in loss.roots if place[0] in leads]
+    terms = set()
+    for place in waiting:  # which grows meanwhile
+        node = place[0]
+        before = [(k, source) for k, source in enumerate(node.next_functions) if source[0] in leads]
+        operation = operation_of(node)
+        if place in loss.outputs:
+            continue
+        if operation in SUMS or (operation in LINEAR_IN_FIRST and [k for k, _ in before] == [0]):
+            waiting += [source for _, source in before if source not in waiting]
+        else:
+            terms.add(place)
+    return all(_is_of_samples(place, loss, count) for place in terms)
+
+
+def _is_of_samples(place: Place, loss: SeenLoss, count: int) -> bool:
+    """Whether samples are somewhere in what a node has computed, each made of what is the same one's in the outputs."""
+    shape = shape_of(*place)
+    for dim, size in enumerate(shape):
+        for step in {1, size // count} if size and not size % count else ():
+            inner = inner_size(shape, dim, step)
+            found = sizes_behind([(*place, inner)], count, loss.outputs)
+            reached = [x for x in loss.outputs if x in found]
+            if reached and all(found[x] == loss.outputs[x].layout.inner_size(shape_of(*x)) for x in reached):
+                return True
+    return False
 
 
 def _numbers(like: Tensor) -> Tensor:

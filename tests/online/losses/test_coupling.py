@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder._torch.graph import tells_recomputation
 from secorder._torch.loss_graph import Place, place_of
-from secorder.layers.layout import DIM_ZERO
-from secorder.online.losses.coupling import couples
+from secorder.layers.layout import DIM_ZERO, Layout
+from secorder.online.losses.coupling import adds_up_samples, couples
 from secorder.online.losses.marks import Output
-from secorder.online.losses.seen import see
+from secorder.online.losses.seen import SeenLoss, see
 from secorder.online.reading import unreadable
 
 from ...helpers import Net, data, make
@@ -325,12 +325,49 @@ def test_outputs_over_sequences_that_are_overwritten_in_place(
             assert probe.fisher_diagonal().keys() == {"a", "b"}
 
 
+def looked_at(criterion: Callable[[Tensor], Tensor], z: Tensor, layout: Layout = DIM_ZERO) -> SeenLoss:
+    """What is seen of a loss of one output."""
+    f = z.detach().requires_grad_().clone()
+    total = criterion(f)
+    outputs: dict[Place, Output | None] = {place_of(f): Output(layout, 1.0, z.shape[layout.dim])}
+    loss = see({place_of(total): torch.ones_like(total)}, {0: outputs}, joined=False)
+    assert loss is not None
+    return loss
+
+
+@pytest.mark.parametrize("criterion", [*COUPLING.values(), *APART.values()])
+def test_a_graph_never_shows_samples_apart_that_are_coupled(criterion: Criterion) -> None:
+    z, t = torch.randn(8, 3), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    if adds_up_samples(looked_at(lambda f: criterion(f, t), z)):
+        second = torch.autograd.functional.hessian(lambda f: criterion(f, t), z)
+        assert bool((second.abs().sum((1, 3)).fill_diagonal_(0) == 0).all())
+
+
+#: Losses of outputs of 8 samples, 8 steps, 8 columns: of these sizes none tells what it is of.
+SHIFTED: dict[str, tuple[Criterion, int, bool]] = {
+    "tokens": (lambda z, t: F.cross_entropy(z[:, :-1].flatten(0, 1), t[:, 1:].flatten()), 0, True),
+    "tokens, time first": (lambda z, t: F.cross_entropy(z[:-1].flatten(0, 1), t[1:].flatten()), 1, True),
+    "columns in dim 1": (lambda z, t: F.cross_entropy(z.transpose(1, 2), t, reduction="sum") / 3, 0, True),
+    "two terms": (lambda z, t: F.cross_entropy(z.transpose(1, 2), t) - 0.1 * z.square().mean((1, 2)).mean(), 0, True),
+    "over samples": (lambda z, t: F.cross_entropy(z, t), 1, False),
+    "of neighbours": (lambda z, t: F.cross_entropy((z + z.roll(1, 0)).transpose(1, 2), t), 0, False),
+    "centred": (lambda z, t: F.cross_entropy((z - z.mean(0)).transpose(1, 2), t), 0, False),
+    "of a mean": (lambda z, t: F.cross_entropy(z.mean(0), t[0]), 0, False),
+    "exchanged": (lambda z, t: F.cross_entropy((z * z.transpose(0, 1)).transpose(1, 2), t), 0, False),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_what_a_graph_shows_of_where_samples_are(name: str) -> None:
+    criterion, dim, apart = SHIFTED[name]
+    t = torch.randint(8, (8, 8))
+    loss = looked_at(lambda f: criterion(f, t), torch.randn(8, 8, 8), Layout(dim))
+    assert adds_up_samples(loss) is apart
+    assert (not couples(loss)) is apart
+
+
 def test_few_samples_whose_gradients_add_up_to_zero_are_seen_to_be_coupled() -> None:
     """A softmax's do, so that what is drawn for each of them must not be the same by chance."""
     for _ in range(64):
-        z = torch.randn(2, 2).requires_grad_().clone()
-        total = F.cross_entropy(z, torch.tensor([0, 1])).square()
-        outputs: dict[Place, Output | None] = {place_of(z): Output(DIM_ZERO, 1.0, 2)}
-        loss = see({place_of(total): torch.ones_like(total)}, {0: outputs}, joined=False)
-        assert loss is not None
+        loss = looked_at(lambda f: F.cross_entropy(f, torch.tensor([0, 1])).square(), torch.randn(2, 2))
         assert couples(loss)
