@@ -34,7 +34,7 @@ def test_what_is_added_counted_and_left_out() -> None:
 
 def test_what_is_good_is_counted_together() -> None:
     layers = select_layers(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
-    every = LayerSums.empty_of(layers, None, None)
+    every = LayerSums.empty(layers, None, None)
     seen, marks = torch.zeros((), dtype=torch.float64), dict[str, str]()
     waiting = {("0", "1"): (12, 2), ("1",): (5, 1), (): (17, 3)}
     count_good(waiting, every, seen, marks)
@@ -44,7 +44,7 @@ def test_what_is_good_is_counted_together() -> None:
 
 
 def test_counting_that_is_broken_off_is_told() -> None:
-    every, marks = LayerSums.empty_of(select_layers(nn.Sequential(nn.Linear(4, 3))), None, None), dict[str, str]()
+    every, marks = LayerSums.empty(select_layers(nn.Sequential(nn.Linear(4, 3))), None, None), dict[str, str]()
     with pytest.raises(KeyError):
         count_good({("0",): (12, 2), ("gone",): (5, 1)}, every, torch.zeros(()), marks)
     assert "broken off (KeyError)" in marks["0"]
