@@ -163,7 +163,8 @@ PLACES: dict[str, Any] = {
     "bring_rank_one": capture,
     "_watch": backward,
     "close": backward,
-    "_add_record": closing,
+    "_is_complete": closing,
+    "_close": closing,
     "_audit": closing,
 }
 
