@@ -26,6 +26,9 @@ RUNS, SHORT_SECONDS = 4, 0.05
 #: What a product takes from which on it is made once: what happens the first time alone is little beside it.
 WARM_SECONDS = 0.01
 
+#: By what factor forwards differ in time that are not of the same; shorter ones differ so by noise.
+AS_LONG, SHORT_FORWARD = 4, 0.003
+
 Value = TypeVar("Value")
 
 #: What :func:`~secorder._torch.vjp.chunks` makes of a total and a size.
@@ -41,11 +44,17 @@ class Told:
 
     of: Hashable = None  #: what they were made for
     facts: Mapping[str, Any] = field(default_factory=dict)  #: what was known of each layer after them
+    forward: float = 0.0  #: seconds that the forward and the loss took then
     by_chain: float | None = None  #: seconds of the layers that are finished first; None where they were not told of
 
-    def keep(self, of: Hashable, facts: Mapping[str, Any], by_chain: float | None = None) -> None:
+    def keep(self, of: Hashable, facts: Mapping[str, Any], forward: float, by_chain: float | None = None) -> None:
         """Enter what was told last."""
-        self.of, self.facts, self.by_chain = of, dict(facts), by_chain
+        self.of, self.facts, self.forward, self.by_chain = of, dict(facts), forward, by_chain
+
+    def holds(self, of: Hashable, forward: float) -> bool:
+        """Whether it would be told again: of the same, where the forward and the loss take about as long as then."""
+        shorter, longer = sorted(max(SHORT_FORWARD, seconds) for seconds in (self.forward, forward))
+        return self.of == of and longer <= AS_LONG * shorter
 
 
 class Rehearsal:

@@ -102,7 +102,7 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
         by_chain = _seconds_by_chain(task, found, budget)
         budget = budget.after(sum(by_chain.values()))
         drawn = learn_seconds(task, found, budget, recording, draws=reduce)
-        task.told.keep(of, found.facts, sum(by_chain.values()))
+        task.told.keep(of, found.facts, found.seconds, sum(by_chain.values()))
         chosen = choose(found.facts.values(), budget)
     served = max(1, sum(c.strategy == Strategy.COLUMNS and c.products > 0 for c in chosen.values()))
     costs = {}

@@ -36,7 +36,7 @@ def matters(found: Findings, budget: Budget) -> bool:
 
 
 def circumstances(task: Measurement, found: Findings, budget: Budget) -> Hashable:
-    """What the seconds of products depend on, as far as it is known before there are trials."""
+    """What the seconds of products depend on, as far as it is known before there are trials, but for the forward."""
     loss = getattr(task.loss_fn, "__qualname__", type(task.loss_fn).__qualname__)
     devices = frozenset(p.device for layer in task.layers for p in layer.parameters.values())
     return tuple(found.facts.values()), budget, loss, devices, task.chunk_size, torch.get_num_threads()
@@ -48,12 +48,12 @@ def decide(task: Measurement, found: Findings, budget: Budget, recording: Record
     Returns what was told, if it was, of the seconds that the chain takes.
     """
     of = circumstances(task, found, budget)
-    if task.told.of == of:
+    if task.told.holds(of, found.seconds):
         _take_over(task, found, budget, task.told.facts)
         return task.told.by_chain
     if matters(found, budget):
         learn_seconds(task, found, budget, recording)
-        task.told.keep(of, found.facts)
+        task.told.keep(of, found.facts, found.seconds)
     return None
 
 

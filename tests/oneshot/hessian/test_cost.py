@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from secorder import CurvatureProbe, DoubleBackwardError
+from secorder.oneshot import timing
 from secorder.oneshot.hessian import cost as cost_module
 from secorder.oneshot.hessian import decision
 from secorder.oneshot.hessian.budget import Budget
@@ -97,6 +98,7 @@ def test_trials_that_were_made_to_tell_are_neither_told_nor_made_again(monkeypat
     for module in (cost_module, decision):
         monkeypatch.setattr(module, "learn_seconds", learn)
         monkeypatch.setattr(module, "matters", lambda found, budget: True)
+    monkeypatch.setattr(timing, "SHORT_FORWARD", 1e3)
     model, batch = mlp(), data()
     with CurvatureProbe(model) as probe:
         assert probe.estimate_cost(F.cross_entropy, *batch, method="exact").overhead < 0.2

@@ -2,7 +2,9 @@
 
 import dataclasses
 import random
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
+from secorder.oneshot import timing
 from secorder.oneshot.hessian import cost, decision, trials
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.hessian.decision import matters
@@ -98,6 +101,7 @@ def test_what_was_told_is_what_is_done_however_long_products_take(
     monkeypatch.setattr(trials, "seconds_of_chain", by_layer)
     monkeypatch.setattr(cost, "seconds_of_chain", by_layer)
     monkeypatch.setattr(decision, "FORWARDS", 1e6)
+    monkeypatch.setattr(timing, "SHORT_FORWARD", 1e3)
     exact = hessian_by_element(model, F.cross_entropy, *batch)
     seen = set()
     with CurvatureProbe(model, "all", reduction="mean") as probe:
@@ -112,3 +116,21 @@ def test_what_was_told_is_what_is_done_however_long_products_take(
                 assert_all_close({p: by_parameter[p] for p in sure}, {p: exact[p] for p in sure})
             seen.add(tuple(ways.values()))
     assert len(seen) > 1  # which is not what would have been chosen anyway
+
+
+def test_what_was_told_does_not_hold_where_a_forward_takes_another_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two losses of one name, the products of one may take many times as long."""
+    made = []
+    monkeypatch.setattr(decision, "matters", lambda found, budget: True)
+    monkeypatch.setattr(decision, "learn_seconds", lambda *_: made.append(None))
+
+    def loss(seconds: float, output: Tensor, targets: Tensor) -> Tensor:
+        time.sleep(seconds)
+        return F.cross_entropy(output, targets)
+
+    counts = []
+    with CurvatureProbe(relu(), "all", reduction="mean") as probe:
+        for seconds in (0.0, 0.1, 0.1, 0.0):
+            probe.hessian_diagonal(partial(loss, seconds), torch.randn(5, 6), torch.randint(2, (5,)))
+            counts.append(len(made))
+    assert counts == [1, 2, 2, 3]
