@@ -122,6 +122,7 @@ def close(fisher: OnlineFisher, backward: Backward, records: Sequence[ForwardRec
         tell_scale(fisher, records[0].scales)
     if fisher.penalty is not None and len(records) == 1:
         keep_early(backward, records[0], fisher.layers)
+    fisher.at_once = len(records)
     groups = [list(records)] if fisher.forwards == "joined" and records else [[record] for record in records]
     for group in groups:
         _add_group(fisher, backward, group)

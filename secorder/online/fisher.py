@@ -157,6 +157,7 @@ class OnlineFisher:
         self.called: set[str] = set()  # layers, in some recorded forward
         self.measured_by: dict[str, MeasuredBy] = {}  # what told the latest batch's per-sample gradients, by layer
         self.uncalled = Uncalled(self.layers)
+        self.at_once = 1  # forwards that the latest backward ran through
         self.accumulation = Accumulation()
         self.sizes = Sizes()
 

@@ -64,6 +64,10 @@ _UNSEEN = (
 
 _THROUGH = "it runs through {} (a custom function, a compiled one, a checkpoint, or complex numbers)"
 
+#: Of the first so many forwards, those that come behind one that is looked at, in the same backward, are looked at, too;
+#: later where few share a backward: of a long episode, one is looked at nearly each time.
+FIRST, FEW = 256, 8
+
 _OF_SEVERAL = 'pass forwards="joined" if row n of one forward is combined with row n of another only, '
 
 
@@ -84,7 +88,8 @@ def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -
 def watches(attachment: "Attachment") -> bool:
     """Whether the latest forward of those that are watched waits for its backward: that may be this forward's, too."""
     latest = None if attachment.watched is None else attachment.watched()
-    return latest is not None and waits(latest)
+    few = attachment.fisher.at_once <= FEW or sum(attachment.counts.values()) <= FIRST
+    return latest is not None and few and waits(latest)
 
 
 def _watch_beside(

@@ -178,3 +178,17 @@ def test_a_forward_without_a_backward_has_no_more_looked_at() -> None:
             looked.append(watches(probe._attachment))
             loss.backward()
     assert looked == [True, True, False, True, False, False, True]  # forwards 1, 2, 5, which comes after 4, and 8
+
+
+def test_of_long_episodes_few_forwards_are_looked_at() -> None:
+    """One in a hundred is, so that one of nearly each is: with all behind it, each backward would be a slow one."""
+    model, looked = make(), []
+    with CurvatureProbe(model, reduction="sum", forwards="joined") as probe:
+        for _ in range(6):
+            steps = []
+            for _ in range(128):
+                steps.append(model(torch.randn(2, 4)))
+                looked.append(watches(probe._attachment))
+            torch.stack(steps).square().sum().backward()
+    assert all(looked[:128])
+    assert sum(looked[3 * 128 :]) < 128
