@@ -64,7 +64,7 @@ _UNSEEN = (
 
 _THROUGH = "it runs through {} (a custom function, a compiled one, a checkpoint, or complex numbers)"
 
-#: Of the first so many forwards, those that come behind one that is looked at, in the same backward, are looked at, too;
+#: Of the first forwards, those that come behind one that is looked at, in the same backward, are looked at, too;
 #: later where few share a backward: of a long episode, one is looked at nearly each time.
 FIRST, FEW = 256, 8
 
