@@ -131,3 +131,11 @@ def require_method(name: str, value: Any, method: str) -> None:
     """Raise unless an argument has a method, and is no class."""
     if isinstance(value, type) or not callable(getattr(value, method, None)):
         raise InvalidTypeError(f"{name} must have {method}(), got {shown(value)}.")
+
+
+def require_strings(name: str, value: Any) -> tuple[str, ...]:
+    """The strings that an argument holds; raises unless it holds strings alone."""
+    strings = tuple(value) if isinstance(value, Iterable) else ()
+    if not isinstance(value, Iterable) or not all(isinstance(one, str) for one in strings):
+        raise InvalidTypeError(f"{name} must be a string, or hold strings, got {shown(value)}.")
+    return strings

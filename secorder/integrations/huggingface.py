@@ -87,7 +87,7 @@ class CurvatureCallback(TrainerCallback, ExportableState):
         if batch is not None:
             self._schedule["batch"] = (batch, None)
             self._schedule["loss_fn"] = loss_fn or _own_loss
-        try_options(self._probe_arguments, self._schedule)
+        try_options(self._probe_arguments, self._schedule, sinks)
         self._sinks = sinks
         self.probe = None
         self.recorder = None

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from .._arguments import require_strings
 from .._caution import caution
 from .._torch.collectives import has_ranks
 from ..layers.selection import LayerTypes
@@ -78,10 +79,11 @@ class CurvatureCallback(pl.Callback):
         of_probe, self._schedule = divided(options)
         self._probe_arguments = {"layer_types": layer_types, "reduction": reduction, **of_probe}
         self._module = module
-        try_options(self._probe_arguments, self._schedule)
+        try_options(self._probe_arguments, self._schedule, sinks)
+        require_strings("module", () if module is None else [module])
         self._found = ""
         self._sinks = sinks
-        self._self_log = (self_log,) if isinstance(self_log, str) else tuple(self_log)
+        self._self_log = require_strings("self_log", [self_log] if isinstance(self_log, str) else self_log)
         self.probe = None
         self.recorder = None
         self._called: Called | None = None

@@ -9,7 +9,10 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from ..errors import InvalidArgumentError
+from ..layers.selection import check_selection
 from ..monitor.recorder import CurvatureRecorder
+from ..monitor.sinks.sink import check_sink, several
+from ..online.samples.hypotheses import check_sample_dim
 from ..probe import CurvatureProbe
 
 
@@ -32,8 +35,15 @@ def divided(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     return of_probe, of_recorder
 
 
-def try_options(of_probe: Mapping[str, Any], of_recorder: Mapping[str, Any]) -> None:
-    """Refuse now what a probe or a recorder would when training begins: both are made, of a layer of one number."""
+def try_options(of_probe: Mapping[str, Any], of_recorder: Mapping[str, Any], sinks: Any = None) -> None:
+    """Refuse now what a probe or a recorder would when training begins: both are made, of a layer of one number.
+
+    Of what needs the model, or writes, the kind alone is looked at.
+    """
+    check_selection(of_probe.get("layer_types"), of_probe.get("layers"))
+    check_sample_dim(of_probe.get("sample_dim"))
+    for sink in () if sinks is None else several(sinks):
+        check_sink(sink)
     of_any_model = {key: value for key, value in of_probe.items() if key not in ("layer_types", "layers", "sample_dim")}
     with CurvatureProbe(skip_init(nn.Linear, 1, 1), **of_any_model) as probe:
         CurvatureRecorder(probe, **of_recorder)

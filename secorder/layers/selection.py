@@ -314,12 +314,8 @@ def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -
     """The patterns of names to look at (None for all), and of those that are left out."""
     if layers is None:
         return None, []
-    if isinstance(layers, (nn.Module, Tensor)) or not isinstance(layers, Iterable):
-        raise InvalidTypeError(f"layers must hold module names, got {type(layers).__name__}.")
-    given = [layers] if isinstance(layers, str) else list(layers)
+    given = _names(layers)
     for pattern in given:
-        if not isinstance(pattern, str):
-            raise InvalidTypeError(f"layers must hold module names, got {type(pattern).__name__}.")
         if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in named):
             names = [repr(name) for name in named if name]
             known = ", ".join([*names[:8], "…"] if len(names) > 8 else names)
@@ -327,6 +323,23 @@ def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -
     wanted = [pattern for pattern in given if not pattern.startswith("!")]
     left_out = [pattern[1:] for pattern in given if pattern.startswith("!")]
     return (None if left_out and not wanted else wanted), left_out
+
+
+def _names(layers: str | Iterable[str]) -> list[str]:
+    if isinstance(layers, (nn.Module, Tensor)) or not isinstance(layers, Iterable):
+        raise InvalidTypeError(f"layers must hold module names, got {type(layers).__name__}.")
+    given = [layers] if isinstance(layers, str) else list(layers)
+    for pattern in given:
+        if not isinstance(pattern, str):
+            raise InvalidTypeError(f"layers must hold module names, got {type(pattern).__name__}.")
+    return given
+
+
+def check_selection(layer_types: LayerTypes, layers: str | Iterable[str] | None) -> None:
+    """Raise unless these are types and names, whatever the model may have."""
+    _types(layer_types, default="all")
+    if layers is not None:
+        _names(layers)
 
 
 def _types(

@@ -11,7 +11,7 @@ from ..results import Diagonals
 from .heat_map import heat_map
 from .history import History
 from .names import WHOLE_MODEL, Numbers, flat, shown
-from .sinks.sink import give, sinks_of
+from .sinks.sink import give, several, sinks_of
 from .statistics import LayerSummary, layer_statistics, summarize
 
 __all__ = ["CurvatureLog", "log_diagonals"]
@@ -105,8 +105,7 @@ class CurvatureLog:
         self.given = sinks
         self.history = History()
         self._sinks = sinks_of(sinks)
-        given = sinks if isinstance(sinks, (list, tuple)) else [sinks]
-        self._opened = [sink for sink in self._sinks if all(sink is not one for one in given)]
+        self._opened = [sink for sink in self._sinks if all(sink is not one for one in several(sinks))]
         self._strict = strict
         self._failed: set[tuple[int, str]] = set()
         self._drawn: dict[str, int] = {}

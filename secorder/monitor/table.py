@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .._arguments import require_integer, shown
+from .._arguments import require_integer, require_path, shown
 from ..errors import InvalidArgumentError
 from ..results import Diagonals
 from .fitting import fitting
@@ -284,10 +284,12 @@ class Report:
 
     def save_html(self, path: str | PathLike[str], *, width: int = 140) -> None:
         """Write the table as a page of HTML."""
+        require_path("path", path)
         self._recorded(width).save_html(str(path))
 
     def save_svg(self, path: str | PathLike[str], *, width: int = 140) -> None:
         """Write the table as a picture."""
+        require_path("path", path)
         self._recorded(width).save_svg(str(path), title=self._title or "secorder")
 
     def _recorded(self, width: int) -> Console:

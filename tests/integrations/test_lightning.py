@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from secorder import CurvatureWarning, InvalidArgumentError
+from secorder import CurvatureWarning, InvalidArgumentError, InvalidTypeError
 
 from ..helpers import make, run_ranks
 from ..reference import assert_all_close, fisher_by_sample
@@ -147,6 +147,13 @@ def test_several_modules_are_named(tmp_path: Path, data: TensorDataset) -> None:
 def test_a_misspelt_module(tmp_path: Path, data: TensorDataset) -> None:
     with pytest.raises(InvalidArgumentError, match="Model has no module 'nett': it has net"):
         trainer(tmp_path, CurvatureCallback("nett")).fit(Model(), DataLoader(data, batch_size=8))
+
+
+@pytest.mark.parametrize("options", [{"module": 3}, {"self_log": 3}, {"self_log": ["model/*", 3]}])
+def test_names_are_strings(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(InvalidTypeError, match=f"{name} must be a string, or hold strings"):
+        CurvatureCallback(**options)
 
 
 def test_every_and_log_every_are_two_things(tmp_path: Path, data: TensorDataset) -> None:

@@ -1,12 +1,13 @@
 """Keywords of callbacks."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from secorder import InvalidArgumentError, SecorderError
+from secorder import InvalidArgumentError, InvalidTypeError, SecorderError
 from secorder.integrations.options import divided, submodule, try_options
 
 
@@ -36,12 +37,31 @@ def test_a_misspelt_module_is_told_which_there_are() -> None:
         ({"method": "quick"}, "method must be"),
         ({"rtol": -0.1}, "rtol must be zero or positive, got -0.1."),
         ({"max_iterations": 2.5}, "max_iterations must be an integer, got 2.5."),
+        ({"layers": 3}, "layers must hold module names, got int."),
+        ({"layers": ["fc1", 3]}, "layers must hold module names, got int."),
+        ({"sample_dim": "first"}, "sample_dim must be an integer of at least 0"),
     ],
 )
 def test_an_option_is_refused_before_training(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SecorderError) as refused:
         try_options(*divided(options))
     assert message in str(refused.value)
+
+
+def test_what_is_no_type_of_layers_is_refused_before_training() -> None:
+    with pytest.raises(InvalidTypeError, match=r"layer_types must hold subclasses of torch.nn.Module, got 3\."):
+        try_options({"layer_types": [3]}, {})
+
+
+@pytest.mark.parametrize("sinks", [42, [42], [[]], torch.optim.SGD])
+def test_what_is_no_sink_is_refused_before_training(sinks: Any) -> None:
+    with pytest.raises(InvalidTypeError, match=r"^a sink "):
+        try_options({}, {}, sinks)
+
+
+def test_paths_of_sinks_are_not_opened_before_training(tmp_path: Path) -> None:
+    try_options({}, {}, [tmp_path / "run.jsonl", str(tmp_path / "run.csv"), tmp_path / "events"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_to_try_options_draws_nothing_and_takes_what_needs_a_model() -> None:

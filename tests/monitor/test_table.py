@@ -223,3 +223,11 @@ def test_what_measures_a_layer_is_told_where_it_is_no_rule() -> None:
 def test_a_prompt_shows_the_table() -> None:
     table = report({"a": torch.rand(3)})
     assert repr(table) == str(table)
+
+
+@pytest.mark.parametrize("save", ["save_html", "save_svg"])
+def test_a_page_or_a_picture_has_a_path(save: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidTypeError, match=r"path must be the path of a file or folder, got None\."):
+        getattr(report({"fc": torch.ones(2)}), save)(None)
+    assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..._arguments import require_callable
+from ..._arguments import require_callable, require_strings
 from ..._torch.graph import Node, can_be_run, outputs_of, run_node
 from ..._torch.vjp import chunks, default_chunk_size, quiet_vmap
 from ...errors import AttributionError, InvalidArgumentError
@@ -74,7 +74,7 @@ def parameter_map(*nodes: str) -> Callable[[Map], Map]:
 def _entered(table: dict[str, R], nodes: Sequence[str], call: str) -> Callable[[R], R]:
     if not nodes:
         raise InvalidArgumentError("name the nodes of the autograd graph that the rule is for.")
-    for node in nodes:
+    for node in require_strings("the name of a node", nodes):
         if node in table:
             raise InvalidArgumentError(f"{node} has a rule already ({table[node].__name__}).")
 

@@ -54,26 +54,35 @@ def sink_of(given: Any) -> Sink:
         ...     sink = sink_of(f"{folder}/run.csv")
         ...     sink.scalars(10, {"fisher_trace/fc1": 1.5})
     """
+    check_sink(given)
     if isinstance(given, (str, PathLike)):
-        require_path("a sink", given)
         try:
             return _of_path(Path(given))
         except OSError as error:
             raise InvalidArgumentError(f"{given} cannot be written to ({error}): pass another path.") from error
-    if isinstance(given, Sink) and not isinstance(given, type):
+    if isinstance(given, Sink):
         return given
-    if isinstance(given, type):
-        raise InvalidTypeError(f"a sink is the class {given.__name__}, not made yet: pass {given.__name__}(…).")
     if hasattr(given, "add_scalar"):
         from .tensorboard import TensorBoardSink
 
         return TensorBoardSink(given)
     if hasattr(given, "log_metrics"):
         return _of_logger(given)
-    if hasattr(given, "log") and hasattr(given, "define_metric"):
-        from .wandb import WandbSink
+    from .wandb import WandbSink
 
-        return WandbSink(given)
+    return WandbSink(given)
+
+
+def check_sink(given: Any) -> None:
+    """Raise unless a sink can be made of it, without making one: paths are not opened."""
+    if isinstance(given, (str, PathLike)):
+        return require_path("a sink", given)
+    if isinstance(given, type):
+        raise InvalidTypeError(f"a sink is the class {given.__name__}, not made yet: pass {given.__name__}(…).")
+    if isinstance(given, Sink) or hasattr(given, "add_scalar") or hasattr(given, "log_metrics"):
+        return None
+    if hasattr(given, "log") and hasattr(given, "define_metric"):
+        return None
     raise InvalidTypeError(
         "a sink has scalars(step, {name: number}), or is a SummaryWriter, a Lightning logger, a run of wandb or a path "
         f"(run.jsonl, run.csv, or a folder for TensorBoard), got {type(given).__name__}."
@@ -106,7 +115,12 @@ def _of_logger(logger: Any) -> Sink:
 
 def sinks_of(given: Any) -> list[Sink]:
     """The sinks of one, or of several (a list or tuple, perhaps empty); see :func:`sink_of`."""
-    return [sink_of(one) for one in given] if isinstance(given, (list, tuple)) else [sink_of(given)]
+    return [sink_of(one) for one in several(given)]
+
+
+def several(given: Any) -> Sequence[Any]:
+    """What sinks are made of, one or several, as a sequence."""
+    return given if isinstance(given, (list, tuple)) else [given]
 
 
 def give(sinks: Sequence[Sink], what: str, *arguments: Any) -> None:

@@ -44,6 +44,8 @@ def test_a_rule_is_entered_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("enter", [operation_rule, parameter_map])
 def test_rules_that_cannot_be_called(enter: Any) -> None:
+    with pytest.raises(InvalidTypeError, match="the name of a node must be a string"):
+        operation_rule(3)
     with pytest.raises(InvalidTypeError, match="a rule must be callable as"):
         enter("ErfinvBackward0")(5)
     assert "ErfinvBackward0" not in OPERATIONS.keys() | MAPS.keys()
