@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .._caution import caution
 from .._torch.autocast import no_autocast
 from .._torch.modules import backward_hooks_removed, modules_in
 from ..layers.selection import Layer
@@ -22,6 +23,9 @@ from .schedule import now_and_then
 
 #: One recorded batch in so many is looked at again; and shapes of which it is remembered what is known.
 ONE_IN, REMEMBERED = 100, 256
+
+#: Batches without a gradient from which on a layer is taken for one that gets none.
+LONG_BLANK = 64
 
 _TRAINING = attrgetter("training")
 
@@ -75,6 +79,12 @@ class Attributions:
     def scheduled(self, mode: tuple[bool, ...], found: Attribution | None) -> bool:
         """Count a recorded batch: whether it is to be looked at (1, 2, 4, 8, …, and now and then), as it is known."""
         batch = self._batches[mode] = self._batches.get(mode, 0) + 1
+        if found is not None and found.untested and batch == LONG_BLANK:
+            caution(
+                f"no gradient came to {min(found.untested)} in {batch} recorded batches, so that each was a "
+                "verification batch, which takes about three times as long as a step: leave a layer that gets none out "
+                f"with layers='!{min(found.untested)}'."
+            )
         if found is None or found.provisional or found.untested:
             return True
         return batch & (batch - 1) == 0 or now_and_then(batch, ONE_IN)

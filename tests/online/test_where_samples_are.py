@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
+from secorder.online import attributions
 
 from ..helpers import Doubled, Net, refused_where_nothing_tells
 from ..reference import assert_all_close, fisher_by_sample
@@ -685,6 +687,24 @@ def test_a_look_in_which_no_gradient_comes_to_a_layer_tells_nothing_of_it(router
     ]
     came = follow(model, batches, lambda m, b: F.cross_entropy(m(b[0], b[1]), b[2]), layer_types="all")
     assert came.exact, came
+
+
+def test_a_layer_that_gets_no_gradient_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch is a verification batch until it gets one, which costs three times a step."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        windows = torch.tanh(m.first(x.reshape(-1, 4, 4).transpose(0, 1)))
+        return m.head((x + 0 * windows.transpose(0, 1).reshape(x.shape)).mean(1))
+
+    monkeypatch.setattr(attributions, "LONG_BLANK", 3)
+    model = Net(forward, first=Router(4, 4), head=nn.Linear(4, 3))
+    with CurvatureProbe(model, layer_types="all"):
+        for step in range(1, 6):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                F.cross_entropy(model(torch.randn(4, 8, 4)), torch.randint(3, (4,))).backward()
+            told = [w for w in caught if "no gradient came to first in 3 recorded batches" in str(w.message)]
+            assert len(told) == (step == 3)
 
 
 @pytest.mark.parametrize("router", [nn.Linear, Router])
