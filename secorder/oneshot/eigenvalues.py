@@ -116,7 +116,7 @@ def start_of(task: Measurement, layer: Layer, product: Operator, block: slice) -
     """
     like = next(iter(layer.parameters.values())).detach().new_empty(0, dtype=compute_dtype(layer))
     start: Tensor = task.random((block.stop - block.start,), like)
-    if not isinstance(product, (ProductInZ, ProductOnParameters)):
+    if not isinstance(product, (ProductInZ, ProductOnParameters)) or len(start) == 1:  # of which the two may cancel
         return start
     gradient = product.gradient[block].to(start)
     direction = (gradient / gradient.norm()).nan_to_num(0.0, 0.0, 0.0)  # at a minimum, there is none

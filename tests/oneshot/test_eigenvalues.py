@@ -149,6 +149,17 @@ def test_the_start_has_a_part_in_the_gradient(slope: float) -> None:
         assert torch.cosine_similarity(gradient, start, 0) == pytest.approx(slope * 0.5**0.5, abs=0.25)
 
 
+def test_of_one_parameter_whatever_the_start() -> None:
+    model, x = nn.Linear(3, 1), torch.randn(5, 3)
+    with CurvatureProbe(model) as probe:
+        for number in range(8):
+            found = probe.hessian_eigenvalues(
+                F.mse_loss, x, torch.randn(5, 1), by="parameter", which="largest", generator=seeded(number)
+            )
+            assert found["bias"].top == pytest.approx([2.0])
+            assert found["bias"].converged
+
+
 def test_eigenvalues_say_when_they_are_not_there_yet() -> None:
     probe = CurvatureProbe(mlp())
     found = probe.hessian_eigenvalues(F.cross_entropy, *data(), tolerance=1e-12, max_iterations=3)
