@@ -194,8 +194,11 @@ def run_node_once(node: Node, gradients: Sequence[Tensor | None], indices: Seque
     result = []
     for index in indices:
         g = found[index] if isinstance(found, tuple) else found
-        shape = shape_of(*node.next_functions[index])
-        assert isinstance(g, Tensor)
+        before, number = node.next_functions[index]
+        shape = shape_of(before, number)
+        if g is None:  # zeros, to the engine: a convolution's second derivative in what it is linear in
+            made = before._input_metadata[number]
+            g = torch.zeros(shape, dtype=made.dtype, device=made.device)
         if g.shape != shape:
             lead = g.dim() - len(shape)
             summed = [d for d in range(g.dim()) if d < lead or (shape[d - lead] == 1 and g.shape[d] != 1)]

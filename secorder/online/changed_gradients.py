@@ -148,6 +148,8 @@ def _compare(
 ) -> None:
     """Mark all layers where gradients ``u`` are not what others are, but for what all samples are multiplied by."""
     known = factors.pop(key, None)
+    if g.is_complex() and u.is_complex():
+        g, u = (torch.view_as_real(x.resolve_conj()) for x in (g, u))
     size = largest(u) if u.numel() else u.new_full((), torch.inf)
     if not bool(size.isfinite()):
         return

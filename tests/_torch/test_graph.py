@@ -95,6 +95,15 @@ def test_a_node_run_by_itself_sums_over_what_was_broadcast_and_calls_no_hook() -
     torch.testing.assert_close(many, found.expand(5, 1, 3))
 
 
+def test_what_a_node_leaves_out_is_zero() -> None:
+    x, g = torch.randn(1, 2, 5, requires_grad=True), torch.randn(1, 3, 5, requires_grad=True)
+    z = nn.functional.conv1d(x, torch.randn(3, 2, 3), padding=1)
+    (first,) = torch.autograd.grad(z, x, g, create_graph=True)
+    found = run_node(first.grad_fn, [torch.ones_like(x), None, None], 1)  # for what a convolution is linear in
+    assert found.shape == x.shape
+    assert not found.any()
+
+
 class Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

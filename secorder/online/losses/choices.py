@@ -2,7 +2,7 @@
 
 The hardest samples, the nearest one, an order of ranks: where one sample stands among others decides what its gradient
 is, and no second derivative tells, since pieces are linear. So the operations that choose (a maximum, sorting), those
-that are bent (a hinge, an absolute value) and distances, whose second derivative PyTorch does not know, are looked at
+that are bent (a hinge, an absolute value) and those of which PyTorch has no second derivative (distances) are looked at
 one by one: what one number of theirs depends on, pulled back to the model's outputs, must belong to one sample.
 """
 
@@ -27,8 +27,8 @@ CHOICES = frozenset(
 #: Those that are bent, number by number.
 BENT = frozenset({"Abs", "Clamp", "ClampMax", "ClampMin", "Hardtanh", "LeakyRelu", "Maximum", "Minimum", "Relu"})
 
-#: Of two sets of vectors.
-DISTANCES = frozenset({"Cdist"})
+#: Distances and others of which PyTorch does not know the second derivative.
+ONCE = frozenset({"Cdist", "CtcLoss", "EmbeddingBag", "Pdist"})
 
 #: How many operations of one loss are looked at, those next to it, and how many numbers of each.
 MOST, NUMBERS = 6, 3
@@ -43,7 +43,7 @@ def chooses(loss: SeenLoss) -> list[Place]:
     if len(loss.order) > MOST_NODES:
         return []
     generator = fresh_generator()
-    for node in [x for x in loss.order if operation_of(x) in CHOICES | BENT | DISTANCES][:MOST]:
+    for node in [x for x in loss.order if operation_of(x) in CHOICES | BENT | ONCE][:MOST]:
         for place, cotangent in _asked_for(node, loss, generator):
             found = samples_behind(place, cotangent, loss.outputs, generator)
             if len(set().union(*found.values())) > 1:
@@ -65,7 +65,7 @@ def _asked_for(node: Node, loss: SeenLoss, generator: torch.Generator) -> Iterat
         return
     if operation == "Sort" and not bool(gradient.diff(dim=_along(node, gradient)[0]).any()):
         return  # the order makes no difference
-    at = {(node, 0): gradient} if operation in DISTANCES else pull_back({(node, 0): gradient}, sources)
+    at = {(node, 0): gradient} if operation in ONCE else pull_back({(node, 0): gradient}, sources)
     most = max((float(g.abs().amax()) for g in loss.roots.values()), default=0.0)
     for place, g in at.items():
         # What is taken off for rounding's sake comes back, such as the maximum in a softmax.

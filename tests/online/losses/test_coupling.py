@@ -80,6 +80,9 @@ COUPLING: dict[str, Criterion] = {
     "pairs of neighbours": lambda z, _: (z[1:] * z[:-1]).mean(),
     "divided by its own mean": lambda z, t: F.cross_entropy(z, t) / z.square().mean(),
     "a little, beside another": lambda z, t: F.cross_entropy(z, t) + 0.01 * z.mean(0).square().sum(),
+    "smooth along the batch": lambda z, _: F.conv1d(z.T[:, None], torch.ones(1, 1, 3), padding=1).square().mean(),
+    "uniformity": lambda z, _: torch.pdist(F.normalize(z)).square().mul(-2).exp().mean().log(),
+    "bags": lambda z, _: F.embedding_bag(torch.arange(len(z)).view(2, -1), z).square().mean(),
     "entropy of the mean": lambda z, t: F.cross_entropy(z, t) + (z.softmax(1).mean(0) ** 2).sum(),
 }
 
@@ -135,6 +138,9 @@ APART: dict[str, Criterion] = {
     "a derivative": lambda z, t: (
         torch.autograd.grad(F.cross_entropy(z, t, reduction="sum"), z, create_graph=True)[0].square().sum(1).mean()
     ),
+    "convolved": lambda z, t: F.cross_entropy(F.conv1d(z[:, None], torch.ones(1, 1, 3), padding=1)[:, 0], t),
+    "bags of one": lambda z, t: F.cross_entropy(F.embedding_bag(torch.arange(len(z))[:, None], z), t),
+    "paths": lambda z, t: F.ctc_loss(z.log_softmax(1)[None], t.clamp(min=1), *torch.ones(2, len(z)).long()),
     "energies": lambda z, t: (z.logsumexp(1) - z.gather(1, t[:, None])[:, 0]).mean() + 0.1 * z.logsumexp(1).mean(),
 }
 
