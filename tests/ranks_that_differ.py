@@ -215,6 +215,17 @@ def penalty(rank: int, ranks: int) -> None:
     dist.barrier()
 
 
+def strict_audits(rank: int, ranks: int) -> None:
+    """An audit that fails on one rank raises on all, where the probe is strict: none waits for it in vain."""
+    (batch,), _ = batches_of(rank, ranks, 1)
+    model = sharded(make(), ranks)
+    with CurvatureProbe(model, reduction="mean", strict=True) as probe:
+        probe._fisher.failures.counts[0] += rank == 1
+        with pytest.raises(AttributionError, match="layer '0': a part of the gradient comes from outside"):
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+    dist.barrier()
+
+
 class Coupled(nn.Module):
     """Samples influence one another after the last layer, on some ranks."""
 
@@ -279,4 +290,5 @@ CASES = {
     "differ_untold_layers": untold_layers,
     "differ_bad_numbers": bad_numbers,
     "differ_penalty": penalty,
+    "differ_strict_audits": strict_audits,
 }

@@ -130,10 +130,10 @@ def close(fisher: OnlineFisher, backward: Backward, records: Sequence[ForwardRec
         _add_penalty(fisher, backward, records)
         return
     _audit(fisher, backward)
-    if fisher.troubles.strict and (failed := failed_audits(fisher)):
-        fisher.troubles.mark(failed, fisher.troubles.outside(failed[0]))
     if fisher.ranks is not None and groups:
         share_troubles(fisher, fisher.ranks)
+    if fisher.troubles.strict and (failed := failed_audits(fisher)):  # on all ranks, as they share it
+        fisher.troubles.mark(failed, fisher.troubles.outside(failed[0]))
 
 
 def _add_group(fisher: OnlineFisher, backward: Backward, group: Sequence[ForwardRecord]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from secorder import AttributionError, CurvatureProbe
 from secorder._torch.graph import tells_recomputation
 
-from ..helpers import data, mlp
+from ..helpers import Net, data, mlp
 from .loops import follow
 from .twins import bit_for_bit, traces
 
@@ -70,6 +70,28 @@ def test_hooks_that_change_gradients(change: str, before: bool) -> None:
             yield value
 
     bit_for_bit(lambda: build(BENT[change], before), loop)
+
+
+@pytest.mark.parametrize(
+    ("change", "straight"),
+    [
+        (Tensor.clone, True),
+        (lambda g: 2 * g, True),
+        (lambda g: torch.complex(g.real, g.imag.clamp(-0.01, 0.01)), False),
+    ],
+    ids=["copied", "scaled", "clamped"],
+)
+def test_hooks_that_change_complex_gradients(change: Callable[[Tensor], Tensor], straight: bool) -> None:
+    model = Net(lambda m, x: m.b(m.turn(m.a(x)).abs()), a=nn.Linear(4, 5), b=nn.Linear(5, 3), turn=Turn())
+    model.get_submodule("turn").register_full_backward_pre_hook(lambda _, given: (change(given[0]),))
+    came = follow(model, [data(n) for n in (6, 5, 7, 6)], loss)
+    assert came.exact if straight else came.refused
+    assert straight is not came.warned
+
+
+class Turn(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(x)
 
 
 def test_hooks_that_look_on_or_go_in_the_middle() -> None:
