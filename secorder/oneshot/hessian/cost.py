@@ -33,8 +33,7 @@ class LayerCost:
         exact_hvps: those of the cheapest exact strategy that is allowed.
         num_bytes: memory of one batch of products, about.
         seconds: that it will take, by short trials; of what serves several layers at once, an equal part. For an
-            estimate down to ``rtol``, by the spread of the first draws; for eigenvalues, of one at each end to the
-            usual tolerance, by how residuals fall.
+            estimate down to ``rtol``, by the spread of the first draws; for eigenvalues, by how residuals fall.
     """
 
     strategy: Strategy
