@@ -135,7 +135,7 @@ def require_method(name: str, value: Any, method: str) -> None:
 
 def require_strings(name: str, value: Any) -> tuple[str, ...]:
     """The strings that an argument holds; raises unless it holds strings alone."""
-    strings = tuple(value) if isinstance(value, Iterable) else ()
-    if not isinstance(value, Iterable) or not all(isinstance(one, str) for one in strings):
+    strings = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    if not all(isinstance(one, str) for one in strings):
         raise InvalidTypeError(f"{name} must be a string, or hold strings, got {shown(value)}.")
     return strings

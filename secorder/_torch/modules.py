@@ -27,7 +27,7 @@ class Place(NamedTuple):
         return found
 
     def put(self, value: Any) -> None:
-        """Hold another tensor there: of any kind, which ``setattr`` would refuse."""
+        """Hold something else there: of any kind, which ``setattr`` would refuse."""
         self.holder[self.key] = value
 
 

@@ -83,7 +83,7 @@ class CurvatureCallback(pl.Callback):
         require_strings("module", () if module is None else [module])
         self._found = ""
         self._sinks = sinks
-        self._self_log = require_strings("self_log", [self_log] if isinstance(self_log, str) else self_log)
+        self._self_log = require_strings("self_log", self_log)
         self.probe = None
         self.recorder = None
         self._called: Called | None = None

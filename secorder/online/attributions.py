@@ -79,13 +79,16 @@ class Attributions:
     def scheduled(self, mode: tuple[bool, ...], found: Attribution | None) -> bool:
         """Count a recorded batch: whether it is to be looked at (1, 2, 4, 8, …, and now and then), as it is known."""
         batch = self._batches[mode] = self._batches.get(mode, 0) + 1
-        if found is not None and found.untested and batch == LONG_BLANK:
-            caution(
-                f"no gradient came to {min(found.untested)} in {batch} recorded batches, so that each was a "
-                "verification batch, which takes about three times as long as a step: leave a layer that gets none out "
-                f"with layers='!{min(found.untested)}'."
-            )
-        if found is None or found.provisional or found.untested:
+        if found is None or found.provisional:
+            return True
+        if found.untested:
+            if batch == LONG_BLANK:
+                name = min(found.untested)
+                caution(
+                    f"no gradient came to {name} in {batch} recorded batches, so that each was a verification batch, "
+                    "which takes about three times as long as a step: leave a layer that gets none out with "
+                    f"layers='!{name}'."
+                )
             return True
         return batch & (batch - 1) == 0 or now_and_then(batch, ONE_IN)
 

@@ -127,14 +127,17 @@ class Attachment:
     def _others_end(self, own: int) -> bool:
         """Whether the passes that other threads run have ended, or do soon."""
         until = time.monotonic() + self._patience
-        while threads_running(self.model) - self._waiting | {x.thread for x in [*self.fisher.backwards.values()]} - {
-            own
-        }:
+        while self._others(own):
             if time.monotonic() > until:
                 self._patience /= 2
                 return False
             time.sleep(0.001)
         return True
+
+    def _others(self, own: int) -> set[int]:
+        """The other threads that run a forward of the model, or a backward through one."""
+        backwards = {backward.thread for backward in list(self.fisher.backwards.values())} - {own}
+        return threads_running(self.model) - self._waiting | backwards
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection) -> None:
         """The model's forward starts."""

@@ -56,9 +56,8 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
     unknown = count is None and (known is None or scheduled or not known.undecided)
     needed = unknown or (known is not None and known.provisional and count != 0)
     wanted = scheduled and not attributions.certain(known) and count is not None and count > 1
-    # Ranks that hold other numbers of samples are not to differ in what they look at.
-    looks = scheduled or watches(attachment) or (count is not None and fisher.sizes.wants(count))
-    scheduled = scheduled if fisher.ranks is not None else looks
+    if fisher.ranks is None:  # those that hold other numbers of samples are not to differ in what they look at
+        scheduled = scheduled or watches(attachment) or (count is not None and fisher.sizes.wants(count))
     if not (needed or wanted or fisher.ranks):
         return _opened(fisher, known, count, shapes, (False, scheduled), (args, kwargs))
     empty = True in [0 in shape[:2] for shape in shapes]

@@ -76,17 +76,19 @@ def sink_of(given: Any) -> Sink:
 def check_sink(given: Any) -> None:
     """Raise unless a sink can be made of it, without making one: paths are not opened."""
     if isinstance(given, (str, PathLike)):
-        return require_path("a sink", given)
-    if isinstance(given, type):
+        require_path("a sink", given)
+    elif isinstance(given, type):
         raise InvalidTypeError(f"a sink is the class {given.__name__}, not made yet: pass {given.__name__}(…).")
-    if isinstance(given, Sink) or hasattr(given, "add_scalar") or hasattr(given, "log_metrics"):
-        return None
-    if hasattr(given, "log") and hasattr(given, "define_metric"):
-        return None
-    raise InvalidTypeError(
-        "a sink has scalars(step, {name: number}), or is a SummaryWriter, a Lightning logger, a run of wandb or a path "
-        f"(run.jsonl, run.csv, or a folder for TensorBoard), got {type(given).__name__}."
-    )
+    elif not (
+        isinstance(given, Sink)
+        or hasattr(given, "add_scalar")
+        or hasattr(given, "log_metrics")
+        or (hasattr(given, "log") and hasattr(given, "define_metric"))
+    ):
+        raise InvalidTypeError(
+            "a sink has scalars(step, {name: number}), or is a SummaryWriter, a Lightning logger, a run of wandb or a "
+            f"path (run.jsonl, run.csv, or a folder for TensorBoard), got {type(given).__name__}."
+        )
 
 
 def _of_path(path: Path) -> Sink:

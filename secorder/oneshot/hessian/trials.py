@@ -62,12 +62,13 @@ def alike(facts: Facts) -> list[ExactModule]:
 
 def get_ready(task: Measurement, found: Findings, budget: Budget, carried: Sequence[str]) -> None:
     """Layers that the chain serves, for the strategies that may take its place."""
+    if not carried:
+        return
     depths = {name: found.facts[name].chain_depth for name in carried}
     for name in carried:
         found.learn(name, chain_depth=0)
-    if carried:
-        differentiate(task, found)
-        verify_samples(task, found, budget)
+    differentiate(task, found)
+    verify_samples(task, found, budget)
     for name in carried:
         found.learn(name, chain_depth=depths[name])
 

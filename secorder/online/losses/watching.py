@@ -88,8 +88,9 @@ def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -
 def watches(attachment: "Attachment") -> bool:
     """Whether the latest forward of those that are watched waits for its backward: that may be this forward's, too."""
     latest = None if attachment.watched is None else attachment.watched()
-    few = attachment.fisher.at_once <= FEW or sum(attachment.counts.values()) <= FIRST
-    return latest is not None and few and waits(latest)
+    if latest is None or not waits(latest):
+        return False
+    return attachment.fisher.at_once <= FEW or sum(attachment.counts.values()) <= FIRST
 
 
 def _watch_beside(
