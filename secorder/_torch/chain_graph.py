@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .graph import RESHAPES, Node, operation_of, shape_of, signed
 from .loss_graph import nodes_between
-from .sample_graph import ELEMENTWISE, InnerSizes, samples_in_nodes
+from .sample_graph import ELEMENTWISE, SHARED, InnerSizes, samples_in_nodes
 from .vjp import quiet_vmap
 
 
@@ -59,7 +59,7 @@ def segments_of(output: Tensor, leaves: Sequence[Tensor], count: int) -> list[Se
     A node of which all samples are known to lie so acts on each alone (see :mod:`.sample_graph`). Hooks are not seen.
     """
     wanted = {id(leaf) for leaf in leaves}
-    places = samples_in_nodes([output], [output.numel() // count], count)
+    places = samples_in_nodes([output], count)
     start: Node = output.grad_fn
     order = {
         node: k for k, node in enumerate(nodes_between([start], [get_gradient_edge(leaf).node for leaf in leaves]))
@@ -75,7 +75,7 @@ def segments_of(output: Tensor, leaves: Sequence[Tensor], count: int) -> list[Se
     while heap:
         node: Node = heapq.heappop(heap)[2]
         whole = all(_one_after_the_other(node, index, places, count) for index in used[node])
-        if not whole and all(places.get((node, index)) is None for index in used[node]):
+        if not (whole or any(places.get((node, index)) for index in used[node])):
             return found  # samples are mixed, or nobody knows
         if not heap and whole and len(used[node]) == 1:
             edge = GradientEdge(node, next(iter(used[node])))
@@ -94,8 +94,8 @@ def segments_of(output: Tensor, leaves: Sequence[Tensor], count: int) -> list[Se
 
 
 def _one_after_the_other(node: Node, index: int, places: InnerSizes, count: int) -> bool:
-    inner = places.get((node, index))
-    return inner is not None and inner * count == _numel(shape_of(node, index))
+    inner = places.get((node, index)) or SHARED
+    return inner != SHARED and inner * count == _numel(shape_of(node, index))
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -57,20 +57,8 @@ def inner_size(shape: Sequence[int], dim: int, step: int = 1) -> int:
     return step * math.prod(shape[dim + 1 :])
 
 
-def samples_in_graph(
-    outputs: Sequence[Tensor], inner_sizes: Sequence[int], leaves: Sequence[Tensor], count: int
-) -> dict[int, int | None]:
-    """Where samples lie in leaves, for outputs of known inner sizes: ``id(leaf)`` → its inner size, None if not told.
-
-    The answer holds for derivatives: a row of a leaf has an influence on the outputs of its own sample alone; a leaf
-    without influence is missing. It does not see hooks on the nodes, which may change gradients as they like. There are
-    at least two samples.
-    """
-    return samples_in_leaves(samples_in_nodes(outputs, inner_sizes, count), leaves)
-
-
 def samples_in_leaves(inner_sizes: InnerSizes, leaves: Sequence[Tensor]) -> dict[int, int | None]:
-    """What :func:`samples_in_nodes` tells of some leaves: ``id(leaf)`` → its inner size; that of others is missing."""
+    """What :func:`samples_in_nodes` tells of some leaves, by ``id``; a leaf without influence is missing."""
     wanted = {id(leaf) for leaf in leaves}
     found: dict[int, int | None] = {}
     for (node, _), inner in inner_sizes.items():
@@ -81,16 +69,16 @@ def samples_in_leaves(inner_sizes: InnerSizes, leaves: Sequence[Tensor]) -> dict
 
 
 @collection_paused()
-def samples_in_nodes(
-    outputs: Sequence[Tensor], inner_sizes: Sequence[int], count: int, *, tell_shared: bool = False
-) -> InnerSizes:
-    """The same for all that the nodes of the graph computed: node and number of its output → inner size, or None.
+def samples_in_nodes(outputs: Sequence[Tensor], count: int, inner_sizes: Sequence[int] | None = None) -> InnerSizes:
+    """Where samples lie in all that the nodes of the graph behind outputs computed.
 
-    With ``tell_shared``, :data:`SHARED` where all samples share it.
+    The outputs have these inner sizes, by default those of samples in dim 0; there are at least two samples. The answer
+    holds for derivatives: a row has an influence on the outputs of its own sample alone. It does not see hooks on the
+    nodes, which may change gradients as they like.
     """
-    edges = [(get_gradient_edge(t), size) for t, size in zip(outputs, inner_sizes, strict=True) if t.requires_grad]
-    found = sizes_behind([(edge.node, edge.output_nr, size) for edge, size in edges], count)
-    return found if tell_shared else {key: inner or None for key, inner in found.items()}
+    sizes = [inner_size(t.shape, 0) for t in outputs] if inner_sizes is None else inner_sizes
+    edges = [(get_gradient_edge(t), size) for t, size in zip(outputs, sizes, strict=True) if t.requires_grad]
+    return sizes_behind([(edge.node, edge.output_nr, size) for edge, size in edges], count)
 
 
 def sizes_behind(

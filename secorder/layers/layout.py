@@ -57,6 +57,11 @@ def layouts_of(shape: Sequence[int], count: int, *, any_dim: bool = True) -> lis
     return found
 
 
+def layout_of(shape: Sequence[int], count: int, inner_size: int | None) -> Layout | None:
+    """The layout of samples of a known inner size; None where it is not known, or they have none."""
+    return next((x for x in layouts_of(shape, count) if x.inner_size(shape) == inner_size), None)
+
+
 def candidate_layouts(
     inputs: tuple[Tensor, ...], output: Tensor, num_samples: int, *, any_leading_dim: bool
 ) -> list[Layout]:
@@ -64,13 +69,7 @@ def candidate_layouts(
 
     In dim 1 only where the layer treats all leading dimensions alike.
     """
-    candidates = []
-    if output.dim():
-        rows, rest = divmod(output.shape[0], num_samples)
-        if rest == 0 and rows == 1:
-            candidates.append(DIM_ZERO)
-        elif rest == 0 and rows > 1:
-            candidates += [Layout(0, rows, True), Layout(0, rows, False)]
-    if any_leading_dim and output.dim() > 2 and output.shape[1] == num_samples:
-        candidates.append(Layout(1))
+    last = 1 if any_leading_dim and output.dim() > 2 else 0
+    candidates = [c for c in layouts_of(output.shape, num_samples, any_dim=False) if c.dim <= last]
+    candidates.sort(key=lambda c: c.dim)
     return [c for c in candidates if all(x.dim() > c.dim and x.shape[c.dim] == output.shape[c.dim] for x in inputs)]

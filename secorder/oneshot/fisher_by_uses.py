@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._sharing import counted_once
 from .._torch.graph import Users, is_builtin, outputs_of, users_of
-from .._torch.sample_graph import InnerSizes, inner_size, samples_in_nodes
+from .._torch.sample_graph import InnerSizes, samples_in_nodes
 from ..errors import DoubleBackwardError
 from ..layers.contraction import added, contract, contract_sum
 from ..layers.dtypes import compute_dtype
@@ -45,8 +45,7 @@ def by_uses(
     if model_outputs is None:
         model_outputs = output_points(task.isolated.forward(task.inputs), task.dimension)
     if inner_sizes is None:
-        sizes = [inner_size(f.shape, 0) for f in model_outputs]
-        inner_sizes = samples_in_nodes(model_outputs, sizes, task.num_samples, tell_shared=True)
+        inner_sizes = samples_in_nodes(model_outputs, task.num_samples)
     evidence = ByCotangents([(f, DIM_ZERO) for f in model_outputs], task.num_samples, task.generator, inner_sizes)
     users = users_of(model_outputs)
     usable = _followed(task, layers, users, evidence)

@@ -202,8 +202,7 @@ class Traced:
         """What the graph of the model's outputs, samples in dim 0, tells of them; it is not read twice."""
         if self._inner_sizes is not None and self._inner_sizes[0] == [f.grad_fn for f in outputs]:
             return self._inner_sizes[1]
-        sizes = [inner_size(f.shape, 0) for f in outputs]
-        return samples_in_nodes(outputs, sizes, self._count, tell_shared=True)
+        return samples_in_nodes(outputs, self._count)
 
     def _run(self, calls: Calls, forward: Callable[[nn.Module, Any], Any], inputs: Any) -> Any:
         def run(copied: Any) -> Any:
@@ -218,8 +217,8 @@ class Traced:
         if len(placed) < len(outputs) or self._count == 1:
             return False
         sizes = [inner_size(t.shape, dim) for t, dim in placed]
-        inner_sizes = samples_in_nodes([t for t, _ in placed], sizes, self._count, tell_shared=True)
-        self._inner_sizes = [t.grad_fn for t, _ in placed], inner_sizes
+        inner_sizes = samples_in_nodes(outputs, self._count, sizes)
+        self._inner_sizes = [t.grad_fn for t in outputs], inner_sizes
         found = samples_in_leaves(inner_sizes, inputs)
         expected = {id(x): inner_size(x.shape, self._dimension(x) or 0) for x in inputs}
         return all(expected[key] == inner for key, inner in found.items())

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .._torch.sample_graph import inner_size, samples_in_graph
+from .._torch.sample_graph import SHARED, samples_in_leaves, samples_in_nodes
 from .._torch.vjp import chunks, default_chunk_size
 from ..errors import AttributionError
 from ..layers.contraction import contract
@@ -233,7 +233,7 @@ def layouts_by_graph(model_outputs: Sequence[Tensor], layers: Sequence[Recorded]
     if count == 1 or not layers:
         return list(layers)
     leaves = [leaf for z in layers for leaf in z.leaves]
-    found = samples_in_graph(model_outputs, [inner_size(f.shape, 0) for f in model_outputs], leaves, count)
+    found = samples_in_leaves(samples_in_nodes(model_outputs, count), leaves)
     for z in layers:
         options = (c for c in _candidates(z, count) if _agrees(z, c, found) and _accepted(z, c))
         z.layouts = next(options, [])
@@ -243,7 +243,7 @@ def layouts_by_graph(model_outputs: Sequence[Tensor], layers: Sequence[Recorded]
 def _agrees(z: RecordedLayer, layouts: Sequence[Layout], found: dict[int, int | None]) -> bool:
     """Whether layouts of a layer's calls are where the graph shows the samples to be."""
     return all(
-        id(leaf) not in found or found[id(leaf)] == layout.inner_size(leaf.shape)
+        id(leaf) not in found or (found[id(leaf)] == layout.inner_size(leaf.shape) != SHARED)
         for leaf, layout in zip(z.leaves, layouts, strict=True)
     )
 

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge
 from .._torch.graph import Node, Output, Users, collection_paused, fewest_digits, outputs_of
 from .._torch.sample_graph import SHARED, InnerSizes
 from .._torch.vjp import gradients
-from ..layers.layout import Layout, layouts_of
+from ..layers.layout import Layout, layout_of, layouts_of
 from ..layers.uses import Route, Uses, find_uses
 from .independence import over_samples, rows_weighted, sample_weights, weight_draws
 
@@ -161,11 +161,9 @@ class ByCotangents(Evidence):
 
     def _by_graph(self, node: Node, output: Output) -> Layout | None:
         here = (node, output.number)
-        options = layouts_of(output.shape, self.count)
-        if self.inner_sizes and here not in self.inner_sizes:
-            return next(iter(options), None)  # nothing depends on it, such as on the last state of a recurrent layer
-        inner = self.inner_sizes.get(here)
-        return next((o for o in options if inner is not None and o.inner_size(output.shape) == inner), None)
+        if self.inner_sizes and here not in self.inner_sizes:  # nothing depends on it, such as on a last state
+            return next(iter(layouts_of(output.shape, self.count)), None)
+        return layout_of(output.shape, self.count, self.inner_sizes.get(here))
 
     def _shared(self, node: Node, output: Output) -> bool:
         """Whether an operation is followed without a look: so the graph says, or it takes leaves alone."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder._torch.sample_graph import inner_size, samples_in_graph
+from secorder._torch.sample_graph import inner_size, samples_in_leaves, samples_in_nodes
 
 N = 3
 
@@ -78,7 +78,7 @@ def blocks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def told(function: Callable[[Tensor], Tensor], x: Tensor) -> int | None:
     output = function(x)
-    return samples_in_graph([output], [inner_size(output.shape, 0)], [x], N)[id(x)]
+    return samples_in_leaves(samples_in_nodes([output], N), [x])[id(x)]
 
 
 @pytest.mark.parametrize("name", TOLD)
@@ -99,10 +99,10 @@ def test_samples_in_other_places() -> None:
     for shape, dim, step in (((6, N), 1, 1), ((N * 2, 4), 0, 2), ((2 * N, 4), 0, 1)):
         x = torch.randn(*shape, requires_grad=True)
         rows = x.t() if dim else x.view(N, 2, 4) if step == 2 else x.view(2, N, 4).transpose(0, 1)
-        found = samples_in_graph([rows.tanh()], [inner_size(rows.shape, 0)], [x], N)
+        found = samples_in_leaves(samples_in_nodes([rows.tanh()], N), [x])
         assert found == {id(x): inner_size(x.shape, dim, step)}
 
 
 def test_a_leaf_without_influence_is_missing() -> None:
     x, y = torch.randn(N, 2, requires_grad=True), torch.randn(N, 2, requires_grad=True)
-    assert samples_in_graph([x.tanh()], [2], [x, y], N) == {id(x): 2}
+    assert samples_in_leaves(samples_in_nodes([x.tanh()], N), [x, y]) == {id(x): 2}

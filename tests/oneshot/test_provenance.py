@@ -170,7 +170,7 @@ def test_a_graph_is_read_once_for_inputs_and_layers(monkeypatch: pytest.MonkeyPa
     def work(task: Measurement) -> None:
         traced = task.traced(inputs=True)
         output = traced(task.inputs)
-        again = samples_in_nodes([output], [3], 6, tell_shared=True)
+        again = samples_in_nodes([output], 6)
         assert traced.inner_sizes([output]) == again
         assert len(read) == 1
         assert traced.inner_sizes([output.square()]) != again  # of another tensor it tells anew

@@ -17,7 +17,7 @@ N, T = 4, 3
 def test_layouts_of_uses(by_graph: bool) -> None:
     x, table, w = torch.randn(N * T, 5), torch.randn(T, 5, requires_grad=True), torch.randn(5, 2, requires_grad=True)
     z = torch.tanh((x.view(N, T, 5) + 2 * table.exp()).view(-1, 5) @ w).view(N, T, 2).sum(1)
-    told = samples_in_nodes([z], [2], N) if by_graph else None
+    told = samples_in_nodes([z], N) if by_graph else None
     evidence = ByCotangents([(z, DIM_ZERO)], N, seeded(), told)
     routes = {"table": frozenset(), "w": frozenset()}
     found = follow_uses(users_of([z]), {"table": {"table": table}, "w": {"w": w}}, evidence, routes, known=False)
@@ -45,7 +45,7 @@ def test_outputs_that_nothing_depends_on_do_not_hide_where_samples_are() -> None
     core, x = torch.nn.LSTM(3, 2, batch_first=True), torch.randn(N, T, 3)
     z = core(x)[0][:, -1]
     users, parameters = users_of([z]), {"core": dict(core.named_parameters())}
-    evidence = ByCotangents([(z, DIM_ZERO)], N, seeded(), samples_in_nodes([z], [2], N))
+    evidence = ByCotangents([(z, DIM_ZERO)], N, seeded(), samples_in_nodes([z], N))
     routes: dict[str, frozenset[tuple[str, ...]]] = {"core": frozenset()}
     found = follow_uses(users, parameters, evidence, routes, known=False)
     assert not routes["core"]

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._torch.graph import Node, Users, nodes_behind, outputs_of, shape_of, users_of
+from ..._torch.graph import Users, nodes_behind, outputs_of, shape_of, users_of
 from ..._torch.pytree import tensors_in
-from ..._torch.sample_graph import SHARED, InnerSizes, inner_size, place_of, samples_in_nodes
+from ..._torch.sample_graph import SHARED, InnerSizes, inner_size, samples_in_nodes
 from ..._torch.vjp import gradients, placeholder
 from ...errors import AttributionError
 from ...layers.dtypes import cast, compute_dtype
-from ...layers.layout import Layout
+from ...layers.layout import layout_of
 from ...layers.operations import MAPS, OPERATIONS, OperationCall
 from ...layers.per_sample import PerSample, dense, stacked
 from ...layers.selection import Layer
@@ -111,7 +111,7 @@ def layers_by_operations(task: Measurement, output: Any, loss: Tensor) -> list[L
     if not layers or task.num_samples == 1 or not outputs or None in dims or not loss.requires_grad:
         return []
     sizes = [inner_size(f.shape, dim or 0) for f, dim in zip(outputs, dims, strict=True)]
-    told = samples_in_nodes(outputs, sizes, task.num_samples, tell_shared=True)
+    told = samples_in_nodes(outputs, task.num_samples, sizes)
     users = users_of([loss])
     found = []
     for layer in layers:
@@ -171,7 +171,7 @@ def _graph(layer: Layer, uses: Uses, told: InnerSizes, count: int) -> LayerByOpe
     leaves, layouts = [], []
     for use in uses.uses:
         reached = [o.number for o in outputs_of(use.node) if (use.node, o.number) in told]
-        layout = _layout(use.node, told, count) if reached == [0] else None
+        layout = layout_of(shape_of(use.node, 0), count, told[use.node, 0]) if reached == [0] else None
         if layout is None:
             return None
         leaves.append(placeholder(use.node, 0))
@@ -182,16 +182,3 @@ def _graph(layer: Layer, uses: Uses, told: InnerSizes, count: int) -> LayerByOpe
     except AttributionError:
         return None
     return graph
-
-
-def _layout(node: Node, told: InnerSizes, count: int) -> Layout | None:
-    inner, shape = told[node, 0], shape_of(node, 0)
-    place = place_of(shape, inner, count) if inner else None
-    if place is None:
-        return None
-    rows = shape[place.dim] // count
-    if rows == 1:
-        return Layout(place.dim)
-    if place.step in (1, rows):
-        return Layout(place.dim, rows, place.step == rows)
-    return None

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..._torch.graph import Node, shape_of
 from ..._torch.loss_graph import Place, place_of
 from ..._torch.views import lasting_place
-from ...layers.layout import Layout, layouts_of
+from ...layers.layout import Layout, layout_of
 from ..record import ForwardRecord
 from ..samples.hypotheses import floating
 from ..samples.relation import Shape, whole_call
@@ -102,8 +102,7 @@ def _seen_as(layout: Layout, shape: Shape, other: Shape, count: int) -> Layout |
         return layout
     if count == 1:
         return whole_call(other)
-    inner = layout.inner_size(shape)
-    return next((x for x in layouts_of(other, count) if x.inner_size(other) == inner), None)
+    return layout_of(other, count, layout.inner_size(shape))
 
 
 def _put(attachment: object, record: ForwardRecord, place: Place, mark: _Mark) -> None:

@@ -74,4 +74,4 @@ class ForwardGraph:
         if self.hooked or not self.ends or self.count == 1:
             return None
         sizes = [layout.inner_size(f.shape) for f, layout in self.ends]
-        return samples_in_nodes([f for f, _ in self.ends], sizes, self.count, tell_shared=True)
+        return samples_in_nodes([f for f, _ in self.ends], self.count, sizes)
