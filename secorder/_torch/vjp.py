@@ -59,6 +59,16 @@ def stacked_vjp(
     return [torch.stack(column) for column in zip(*single, strict=True)]
 
 
+def split_like(stack: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Stacked vectors of the elements of all tensors together, tensor by tensor, each ``(K, *tensor.shape)``.
+
+    Of shape ``(K, total)``, or ``(K, N, total)`` of the elements of each sample, for tensors with N samples in dim 0.
+    """
+    rows = stack.shape[1:-1].numel()
+    parts = stack.split([t.numel() // rows for t in tensors], -1)
+    return [part.reshape(len(stack), *t.shape).to(t) for part, t in zip(parts, tensors, strict=True)]
+
+
 def _batched_vjp(
     outputs: list[Tensor], inputs: Sequence[Tensor], cotangents: list[Tensor], create_graph: bool
 ) -> list[Tensor] | None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .._torch.vjp import stacked_vjp
+from .._torch.vjp import split_like, stacked_vjp
 from ..errors import AttributionError
 from ..layers.dtypes import rounding
 from .roots import Columns
@@ -18,13 +18,8 @@ def pull_back(
     model_outputs: Sequence[Tensor], leaves: Sequence[Tensor], stack: Tensor, create_graph: bool
 ) -> dict[int, Tensor]:
     """Cotangents (K, N, C) on the outputs at the leaves, by ``id(leaf)``."""
-    sizes = [f[0].numel() for f in model_outputs]
-    cotangents = [
-        part.reshape(len(stack), *f.shape).to(f.dtype)
-        for part, f in zip(stack.split(sizes, 2), model_outputs, strict=True)
-    ]
-    found = stacked_vjp(model_outputs, leaves, cotangents, create_graph=create_graph)
-    return dict(zip((id(leaf) for leaf in leaves), found, strict=True))
+    found = stacked_vjp(model_outputs, leaves, split_like(stack, model_outputs), create_graph=create_graph)
+    return dict(zip(map(id, leaves), found, strict=True))
 
 
 def require_linear_backward(

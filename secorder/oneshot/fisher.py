@@ -290,13 +290,10 @@ def _by_rules(
     alone = [z for z in alone if z.layer.name not in heads]
     with progress_bar(task.progress and bool(alone), "Fisher", columns.num_columns, unit="vjps") as advance:
         found = contract_pairs(
+            task,
             model_outputs,
             alone,
             columns,
-            certain=task.certain,
-            generator=task.generator,
-            chunk_size=task.chunk_size,
-            create_graph=task.create_graph,
             linear=linear,
             by_graph=by_graph,
             advance=advance,

@@ -10,12 +10,13 @@ from torch import Tensor
 from .._torch.failures import is_out_of_memory
 from .._torch.graph import least_precise
 from .._torch.pytree import tensors_in
-from .._torch.vjp import chunks, default_chunk_size, gradients, stacked_vjp
+from .._torch.vjp import chunks, default_chunk_size, gradients
 from ..errors import CouplingError, InvalidArgumentError, NonFiniteError, SecorderError
 from ..layers.dtypes import rounding, zeros
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import Strategy
+from .cotangents import pull_back
 from .fisher_pairs import FisherType, Found, collect, second_order_columns
 from .loss import require_dependence
 from .measurement import Measurement
@@ -174,21 +175,14 @@ def _columns(
     again, points, _ = found
     pairs = second_order_columns(task, gradients(again, points, create_graph=True), points, fisher_type, num_draws)
     exposed = output_points(output, None)
-    sizes = [f.numel() for f in exposed]
-
-    def pull_back(stack: Tensor) -> list[Tensor]:
-        split = zip(stack[:, 0].split(sizes, 1), exposed, strict=True)
-        cotangents = [c.reshape(len(stack), *f.shape) for c, f in split]
-        return stacked_vjp(exposed, replacements, cotangents, create_graph=task.create_graph)
-
-    elements = sum(s.numel() for s in replacements) + sum(sizes)
+    elements = sum(t.numel() for t in (*replacements, *exposed))
     for ids in chunks(pairs.num_columns, default_chunk_size(elements, exposed[0], task.chunk_size)):
         some = pairs.columns(ids)
-        u = pull_back(some.u)
-        v = u if some.v is None else pull_back(some.v)
+        u = pull_back(exposed, replacements, some.u, task.create_graph)
+        v = u if some.v is None else pull_back(exposed, replacements, some.v, task.create_graph)
         sign = [1.0] * len(ids) if some.sign is None else some.sign[:, 0].tolist()
         for k, factor in enumerate(sign):
-            yield [x[k] * factor for x in u], [x[k] for x in v]
+            yield [u[id(s)][k] * factor for s in replacements], [v[id(s)][k] for s in replacements]
 
 
 class _Sketch:

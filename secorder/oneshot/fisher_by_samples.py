@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._torch.vjp import chunks, default_chunk_size, stacked_vjp
+from .._torch.vjp import chunks, default_chunk_size
 from ..layers.dtypes import compute_dtype
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import Strategy
-from .cotangents import require_linear_backward
+from .cotangents import pull_back, require_linear_backward
 from .fisher_pairs import Found, collect
 from .measurement import Measurement
 from .output_hessian import output_points
@@ -28,27 +28,20 @@ def by_samples(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, li
         require_linear_backward(model_outputs, replacements, pairs, task.generator)
     elements = sum(s.numel() for s in replacements) + 4 * sum(f.numel() for f in model_outputs)
     size = default_chunk_size(elements, totals[0], task.chunk_size)
-    sizes = [f[0].numel() for f in model_outputs]
 
-    def pull_back(cotangent: Tensor, ids: range) -> list[Tensor]:
+    def pulled_back(cotangent: Tensor, ids: range) -> list[Tensor]:
         alone = cotangent.new_zeros(len(ids), *cotangent.shape)
         alone[range(len(ids)), list(ids)] = cotangent[ids.start : ids.stop]
-        split = zip(alone.split(sizes, 2), model_outputs, strict=True)
-        found = stacked_vjp(
-            model_outputs,
-            replacements,
-            [c.reshape(len(ids), *f.shape).to(f.dtype) for c, f in split],
-            create_graph=task.create_graph,
-        )
-        return [g.to(total.dtype) for g, total in zip(found, totals, strict=True)]
+        found = pull_back(model_outputs, replacements, alone, task.create_graph)
+        return [found[id(s)].to(total.dtype) for s, total in zip(replacements, totals, strict=True)]
 
     total = pairs.num_columns * task.num_samples
     with progress_bar(task.progress, "Fisher sample by sample", total, unit="vjps") as advance:
         for k in range(pairs.num_columns):
             some = pairs.columns(range(k, k + 1))
             for ids in chunks(task.num_samples, size):
-                left = pull_back(some.u[0], ids)
-                right = left if some.v is None else pull_back(some.v[0], ids)
+                left = pulled_back(some.u[0], ids)
+                right = left if some.v is None else pulled_back(some.v[0], ids)
                 sign = None if some.sign is None else some.sign[0, ids.start : ids.stop]
                 for index, (u, v) in enumerate(zip(left, right, strict=True)):
                     weighted = v if sign is None else v * sign.view(-1, *(1,) * (v.dim() - 1))

@@ -8,6 +8,7 @@ from torch import Tensor
 from .._sharing import counted_once
 from .._torch.graph import Users, is_builtin, outputs_of, users_of
 from .._torch.sample_graph import InnerSizes, samples_in_nodes
+from .._torch.vjp import split_like
 from ..errors import DoubleBackwardError
 from ..layers.contraction import added, contract, contract_sum
 from ..layers.dtypes import compute_dtype
@@ -102,8 +103,7 @@ def _pulled_back(
     cotangent: Tensor,
 ) -> dict[str, dict[str, list[PerSample]]]:
     """By layer and parameter, the per-sample gradients of one cotangent (N, C) on the outputs."""
-    parts = cotangent.split([f[0].numel() for f in model_outputs], 1)
-    cotangents = [part.reshape(f.shape).to(f.dtype) for part, f in zip(parts, model_outputs, strict=True)]
+    cotangents = [part[0] for part in split_like(cotangent[None], model_outputs)]
     every = list(dict.fromkeys(use.node for uses in usable.values() for use in uses.uses))
     outputs = [(node, output) for node in every for output in outputs_of(node)]
     gradients = gradients_at(model_outputs, outputs, cotangents)

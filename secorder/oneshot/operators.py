@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._torch.modules import parameters_replaced
-from .._torch.vjp import gradients, stacked_vjp
+from .._torch.vjp import gradients, split_like, stacked_vjp
 from ..errors import InvalidArgumentError
 from ..layers.dtypes import cast, rounding
 from ..layers.per_sample import total_gradient, with_cotangents
@@ -105,8 +105,8 @@ class ProductInZ:
     def forth(self, v: Tensor) -> list[Tensor]:
         """J v by call, each shape ``(1, *z.shape)``."""
         graph, parameters = self.graph, self.graph.layer.parameters
-        parts = zip(parameters.items(), v.split([p.numel() for p in parameters.values()]), strict=True)
-        along = {name: part.view_as(p).to(p.dtype) for (name, p), part in parts}
+        parts = split_like(v[None], list(parameters.values()))
+        along = {name: part[0] for name, part in zip(parameters, parts, strict=True)}
         with torch.no_grad():  # z is affine in θ: J v is the difference of two calls
             calls = zip(graph.inputs, self.constant, graph.leaves, strict=True)
             return [(_call(graph, along, x) - constant).to(leaf.dtype)[None] for x, constant, leaf in calls]
@@ -163,17 +163,12 @@ class ProductOnParameters:
 
     def __call__(self, v: Tensor) -> Tensor:
         """The product with a flat vector."""
-        return _flat(stacked_vjp(self.output_gradients, self.replacements, _stacked(v, self.replacements)), v)
+        return _flat(stacked_vjp(self.output_gradients, self.replacements, split_like(v[None], self.replacements)), v)
 
     @property
     def gradient(self) -> Tensor:
         """The loss's gradient, flat."""
         return torch.cat([g.flatten() for g in filled(self.output_gradients, self.replacements)]).detach()
-
-
-def _stacked(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    parts = v.split([s.numel() for s in like])
-    return [part.view_as(s).to(s.dtype)[None] for part, s in zip(parts, like, strict=True)]
 
 
 def _flat(found: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -237,7 +232,7 @@ def _product_by_output(
         return None
 
     def product(v: Tensor) -> Tensor:
-        tangents = stacked_vjp(reached, weights, _stacked(v, replacements))
+        tangents = stacked_vjp(reached, weights, split_like(v[None], replacements))
         return _flat(stacked_vjp(outputs, replacements, metric(tangents)), v)
 
     return product

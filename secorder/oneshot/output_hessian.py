@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._torch.failures import is_missing_graph
 from .._torch.pytree import map_tensors
-from .._torch.vjp import chunks, default_chunk_size, stacked_vjp
+from .._torch.vjp import chunks, default_chunk_size, split_like, stacked_vjp
 from ..layers.layout import DIM_ZERO
 from .independence import block_diagonal
 
@@ -60,16 +60,12 @@ def filled(gradients: Sequence[Tensor | None], points: Sequence[Tensor]) -> list
 def output_hessian(gradients: Sequence[Tensor | None], points: Sequence[Tensor], chunk_size: int | None) -> Tensor:
     """The loss's Hessian in the outputs, sample by sample, differentiable, of shape ``(N, C, C)``."""
     count = points[0].shape[0]
-    sizes = [x[0].numel() for x in points]
-    total = sum(sizes)
+    total = sum(x[0].numel() for x in points)
     rows = []
     for ids in chunks(total, default_chunk_size(count * total, points[0], chunk_size)):
         basis = points[0].new_zeros(len(ids), total)
         basis[range(len(ids)), list(ids)] = 1
-        vectors = [
-            part[:, None].expand(-1, count, -1).reshape(-1, *x.shape)
-            for part, x in zip(basis.split(sizes, 1), points, strict=True)
-        ]
+        vectors = split_like(basis[:, None].expand(-1, count, -1), points)
         products = stacked_vjp(gradients, points, vectors, create_graph=True)
         rows.append(torch.cat([u.reshape(len(ids), count, math.prod(u.shape[2:])) for u in products], 2))
     return torch.cat(rows).permute(1, 0, 2)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .._torch.vjp import stacked_vjp
+from .._torch.vjp import split_like, stacked_vjp
 from .output_hessian import as_samples
 from .root_forms import Product, form_root, softmax_root
 from .roots import Root, joined
@@ -104,10 +104,8 @@ def _of_group(
         def product(vectors: Tensor) -> Tensor:
             if not whole:
                 vectors = vectors.new_zeros(*vectors.shape[:2], sum(sizes)).index_copy_(2, here, vectors)
-            parts = [v.reshape(len(v), *x.shape) for v, x in zip(vectors.split(sizes, 2), inside, strict=True)]
-            found = [
-                u.reshape(len(u), len(x), -1) for u, x in zip(stacked_vjp(own, inside, parts), inside, strict=True)
-            ]
+            products = stacked_vjp(own, inside, split_like(vectors, inside))
+            found = [u.reshape(len(u), len(x), -1) for u, x in zip(products, inside, strict=True)]
             together = (found[0] if len(found) == 1 else torch.cat(found, 2)).detach()
             return together if whole else together[..., here]
 

@@ -11,7 +11,7 @@ from .._torch.sample_graph import SHARED, samples_in_leaves, samples_in_nodes
 from .._torch.vjp import chunks, default_chunk_size
 from ..errors import AttributionError
 from ..layers.contraction import contract
-from ..layers.dtypes import cast, compute_dtype
+from ..layers.dtypes import cast, compute_dtype, zeros
 from ..layers.layout import DIM_ZERO, Layout, candidate_layouts
 from ..layers.per_sample import PerSample, Rule, per_sample_gradients, stacked_gradients, with_cotangents
 from ..layers.rank_one import rank_one, squares_by_onednn
@@ -19,9 +19,13 @@ from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
 from .cotangents import pull_back, require_sum
 from .independence import rows_weighted, sample_weights, weight_draws
+from .measurement import Measurement
 from .roots import Columns
 
 Recorded = TypeVar("Recorded", bound="RecordedLayer")
+
+#: Is told the layers that are served, the pulled back pairs and their signs, a few at a time.
+Watch = Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, Tensor | None], None]
 
 
 @dataclass(eq=False)
@@ -98,20 +102,17 @@ def _accepted(z: RecordedLayer, layouts: list[Layout]) -> bool:
 
 
 def contract_pairs(
+    task: Measurement,
     model_outputs: Sequence[Tensor],
     layers: Sequence[RecordedLayer],
     pairs: Columns,
     *,
-    certain: bool,
-    generator: torch.Generator,
-    chunk_size: int | None,
-    create_graph: bool = False,
     alpha: float = 1.0,
     linear: bool = False,
     by_graph: bool = False,
     advance: Callable[[int], None] = lambda _: None,
     plain: Mapping[int, Tensor] | None = None,
-    watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, Tensor | None], None] | None = None,
+    watch: Watch | None = None,
 ) -> list[list[Tensor] | None]:
     """α Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, by parameter; None where rows of z do not belong to samples.
 
@@ -120,60 +121,51 @@ def contract_pairs(
     taken and entered into the layer.
 
     Args:
-        certain: samples are known to be independent, and in dim 0 of every call: nothing is to be verified.
         linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
         by_graph: believe the graph, where it tells: no hook of the model's changes gradients.
-        watch: called with the layers that are served, the pulled back pairs and their signs, a few at a time.
         plain: where there is one pair alone, its u pulled back to each leaf, by ``id``, if that was done already.
     """
     pulled = dict(plain or {})
     unsettled = list(layers)
-    if certain:
-        for z in layers:
-            z.layouts = [DIM_ZERO] * len(z.leaves)
+    if task.certain:
+        in_dim_zero(layers)
         unsettled = []
     elif by_graph:
         unsettled = layouts_by_graph(model_outputs, layers)
     if unsettled:
-        settled = settle_layouts(
-            model_outputs, unsettled, pairs.mixture(generator), generator, create_graph=create_graph, linear=linear
-        )
+        settled = settle_layouts(task, model_outputs, unsettled, pairs.mixture(task.generator), linear=linear)
         if not pulled and len(unsettled) == len(layers) and pairs.num_columns == 1:
             pulled = {key: g[0] for key, g in settled.items()}
-    return contract_settled(
-        model_outputs,
-        layers,
-        pairs,
-        plain=pulled,
-        chunk_size=chunk_size,
-        create_graph=create_graph,
-        alpha=alpha,
-        advance=advance,
-        watch=watch,
-    )
+    how: Any = {"plain": pulled, "alpha": alpha, "advance": advance, "watch": watch}
+    return contract_settled(task, model_outputs, layers, pairs, **how)
+
+
+def in_dim_zero(layers: Sequence[RecordedLayer]) -> None:
+    """Enter that samples are in dim 0 of every call."""
+    for z in layers:
+        z.layouts = [DIM_ZERO] * len(z.leaves)
 
 
 def contract_settled(
+    task: Measurement,
     model_outputs: Sequence[Tensor],
     layers: Sequence[RecordedLayer],
     pairs: Columns,
     *,
-    plain: dict[int, Tensor] | None = None,
-    chunk_size: int | None,
-    create_graph: bool = False,
     alpha: float = 1.0,
     advance: Callable[[int], None] = lambda _: None,
-    watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, Tensor | None], None] | None = None,
+    plain: dict[int, Tensor] | None = None,
+    watch: Watch | None = None,
 ) -> list[list[Tensor] | None]:
     """:func:`contract_pairs` where it is known where samples are; None for layers without layouts."""
-    leaves = [leaf for z in layers for leaf in z.leaves]
+    leaves, create_graph = [leaf for z in layers for leaf in z.leaves], task.create_graph
     only = pairs.columns(range(1)) if pairs.num_columns == 1 and watch is None else None
     if only is not None and only.v is None and only.sign is None:
         pulled = plain or {k: g[0] for k, g in pull_back(model_outputs, leaves, only.u, create_graph).items()}
         advance(1)
         return [_squares(z, pulled, alpha, create_graph=create_graph) if z.layouts else None for z in layers]
     good = [z for z in layers if z.layouts]
-    totals: list[list[Tensor]] = [[] if create_graph else parts_of_one(z.layer) for z in good]
+    totals = [zeros(z.layer) if create_graph else parts_of_one(z.layer) for z in good]
     elements = sum(t.numel() for t in (*leaves, *model_outputs))
 
     def add(ids: range) -> None:  # alone, so that nothing of some columns is left when there are the next
@@ -188,18 +180,14 @@ def contract_settled(
             right = None if v is None else z.gradients([v[id(leaf)] for leaf in z.leaves])
             for index, (name, p) in enumerate(z.layer.parameters.items()):
                 other = right[name] if right is not None else _signed(left[name], some.sign)
-                if not create_graph:
-                    contract(
-                        left[name], other, numel=p.numel(), out=total[index], beta=float(ids.start > 0), alpha=alpha
-                    )
-                    continue
-                part = contract(left[name], other, numel=p.numel(), alpha=alpha)
-                if ids.start:
-                    total[index] = total[index] + part
+                how: Any = {"numel": p.numel(), "alpha": alpha}
+                if create_graph:
+                    total[index] = total[index] + contract(left[name], other, **how)
                 else:
-                    total.append(part)
+                    contract(left[name], other, out=total[index], beta=float(ids.start > 0), **how)
 
-    for ids in chunks(pairs.num_columns if good else 0, default_chunk_size(elements, model_outputs[0], chunk_size)):
+    size = default_chunk_size(elements, model_outputs[0], task.chunk_size)
+    for ids in chunks(pairs.num_columns if good else 0, size):
         add(ids)
         advance(len(ids))
     found = iter(totals)
@@ -249,12 +237,11 @@ def _agrees(z: RecordedLayer, layouts: Sequence[Layout], found: dict[int, int | 
 
 
 def settle_layouts(
+    task: Measurement,
     model_outputs: Sequence[Tensor],
     layers: Sequence[RecordedLayer],
     mixture: Tensor,
-    generator: torch.Generator,
     *,
-    create_graph: bool = False,
     linear: bool = False,
 ) -> dict[int, Tensor]:
     """Enter into every layer the first layout under which its rows are found to be samples, or none.
@@ -264,10 +251,10 @@ def settle_layouts(
     """
     leaves = [leaf for z in layers for leaf in z.leaves]
     count = model_outputs[0].shape[0]
-    plain = pull_back(model_outputs, leaves, mixture, create_graph)
+    plain = pull_back(model_outputs, leaves, mixture, task.create_graph)
     options = [layout_options(z, count) for z in layers]
     for _ in range(weight_draws(leaves)):
-        weights = sample_weights(count, generator).to(mixture)
+        weights = sample_weights(count, task.generator).to(mixture)
         scaled = pull_back(model_outputs, leaves, mixture.detach() * weights[:, None], False)
         options = [
             [c for c in choices if _weighted(z.leaves, c, plain, scaled, weights)]

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from secorder import DoubleBackwardError, InvalidArgumentError
 from secorder._torch import vjp
-from secorder._torch.vjp import check_chunk_size, chunks, default_chunk_size, gradients, stacked_vjp
+from secorder._torch.vjp import check_chunk_size, chunks, default_chunk_size, gradients, split_like, stacked_vjp
 
 
 class NoBatching(torch.autograd.Function):
@@ -116,3 +116,14 @@ def test_fewer_products_at_once_where_memory_does_not_do(monkeypatch: pytest.Mon
 def test_nothing_to_differentiate_by_gives_nothing(count: int) -> None:
     x = torch.randn(3, requires_grad=True)
     assert stacked_vjp([x.sin()], [], [torch.ones(count, 3)]) == []
+
+
+def test_stacked_vectors_are_split_by_all_elements_or_by_those_of_each_sample() -> None:
+    tensors = [torch.zeros(2, 3), torch.zeros(2, dtype=torch.float16)]
+    stack = torch.arange(16.0).view(2, 8)
+    first, second = split_like(stack, tensors)
+    assert torch.equal(first, stack[:, :6].view(2, 2, 3))
+    assert torch.equal(second, stack[:, 6:].half())
+    first, second = split_like(stack.view(2, 2, 4), tensors)
+    assert torch.equal(first, stack.view(2, 2, 4)[..., :3])
+    assert torch.equal(second, stack.view(2, 2, 4)[..., 3].half())

@@ -18,7 +18,7 @@ from secorder.oneshot.recording import recorded
 from secorder.oneshot.roots import Single
 
 from ..benchmarks.memory import peak_memory
-from ..helpers import Fn, by_layer, data, make, measured, seeded
+from ..helpers import Fn, by_layer, data, make, measured
 from ..reference import assert_close, fisher_by_sample
 
 
@@ -36,7 +36,8 @@ def test_one_pair_of_gradients_makes_the_empirical_fisher(certain: bool) -> None
             output, _ = task.loss()
             layers = layers_of(task, recording)
             g = output.softmax(1).detach() - F.one_hot(task.targets, 3)
-            found = contract_pairs([output], layers, Single(g), certain=certain, generator=seeded(), chunk_size=None)
+            task.certain = certain
+            found = contract_pairs(task, [output], layers, Single(g))
         return {z.layer.name: values for z, values in zip(layers, found, strict=True) if values is not None}
 
     expected = fisher_by_sample(model, F.cross_entropy, *batch, 6)
@@ -64,7 +65,7 @@ def test_rows_that_are_no_samples_have_no_layout() -> None:
         with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
             output, _ = task.loss()
             layers = layers_of(task, recording)
-            settle_layouts([output], layers, torch.randn(1, 6, 3), seeded())
+            settle_layouts(task, [output], layers, torch.randn(1, 6, 3))
         return [bool(z.layouts) for z in layers]
 
     assert measured(work, make(), data()) == [True, True]

@@ -5,11 +5,10 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ...layers.layout import DIM_ZERO
 from ...results import Strategy
 from ..heaviest import by_weight
 from ..measurement import Measurement
-from ..recorded_layer import contract_settled, layouts_by_graph
+from ..recorded_layer import contract_settled, in_dim_zero, layouts_by_graph
 from ..roots import Columns
 from . import columns
 from .budget import Budget
@@ -38,8 +37,8 @@ def settled(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -
     """
     if side.by_graph and not layouts_by_graph(side.model_outputs, graphs):
         return True
-    for graph in graphs if task.certain else ():
-        graph.layouts = [DIM_ZERO] * len(graph.leaves)
+    if task.certain:
+        in_dim_zero(graphs)
     return task.certain
 
 
@@ -58,7 +57,7 @@ def run(
     root = side.find_root(task.chunk_size)
 
     def contract(some: Columns) -> list[list[Tensor]]:
-        found = contract_settled(side.model_outputs, graphs, some, chunk_size=task.chunk_size)
+        found = contract_settled(task, side.model_outputs, graphs, some)
         return [reduced(reduce, parts or ()) for parts in found]
 
     def counted(count: int) -> None:

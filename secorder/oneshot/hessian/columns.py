@@ -1,6 +1,7 @@
 """Columns of a root of the output Hessian, where the model is piecewise linear after the layer: all layers at once."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,17 +51,8 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
                 check.head(graph, head)
     rest = [graph for graph in graphs if id(graph) not in found]
     with progress_bar(task.progress and bool(rest), "Hessian by columns", root.num_columns, unit="vjps") as advance:
-        values = contract_pairs(
-            side.model_outputs,
-            rest,
-            root,
-            certain=task.certain,
-            generator=task.generator,
-            chunk_size=task.chunk_size,
-            by_graph=side.by_graph,
-            advance=advance,
-            watch=check,
-        )
+        how: Any = {"by_graph": side.by_graph, "advance": advance, "watch": check}
+        values = contract_pairs(task, side.model_outputs, rest, root, **how)
     found |= dict(zip(map(id, rest), values if rest else [], strict=True))
     for graph in graphs:
         graph.num_hvps += (root.num_columns if graph in rest else 1) + (0 if known else 3)

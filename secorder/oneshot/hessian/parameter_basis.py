@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..._torch.vjp import chunks, default_chunk_size, stacked_vjp
+from ..._torch.vjp import chunks, default_chunk_size, split_like, stacked_vjp
 from ...layers.dtypes import compute_dtype
 from ...layers.selection import Layer
 from ...results import Strategy
@@ -52,8 +52,7 @@ def run(
     ):
         flat = replacements[0].new_zeros(len(ids), sum(sizes))
         flat[range(len(ids)), list(ids)] = 1
-        parts = zip(flat.split(sizes, 1), replacements, strict=True)
-        vectors = [part.reshape(len(ids), *s.shape).to(s) for part, s in parts]
+        vectors = split_like(flat, replacements)
         found = stacked_vjp(output_gradients, replacements, vectors, create_graph=task.create_graph)
         joined = torch.cat([u.reshape(len(u), -1).to(kind) for u in found], 1)
         diagonal.append(joined[range(len(ids)), list(ids)])

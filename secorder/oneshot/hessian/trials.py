@@ -13,7 +13,7 @@ from ...layers.layout import DIM_ZERO
 from ...layers.selection import Layer
 from ...results import Strategy
 from ..measurement import Measurement
-from ..recorded_layer import contract_pairs, layout_options
+from ..recorded_layer import contract_settled, in_dim_zero, layout_options
 from ..recording import Recording
 from ..roots import First
 from ..timing import (
@@ -365,20 +365,12 @@ def _on_parameters(task: Measurement, layer: Layer, own: Sequence[Tensor | None]
 def _of_columns(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> _Trial:
     """Of columns, for all layers together."""
     root = side.find_root(task.chunk_size)
-    usual = [g for g in graphs if all(x == DIM_ZERO for x in next(iter(layout_options(g, task.num_samples)), [None]))]
+    first = {id(g): next(iter(layout_options(g, task.num_samples)), [None]) for g in graphs}
+    usual = [replace(g) for g in graphs if all(layout == DIM_ZERO for layout in first[id(g)])]
+    in_dim_zero(usual)  # of copies: a trial verifies none
 
     def trial(count: int) -> None:
-        before = [graph.layouts for graph in usual]
-        contract_pairs(
-            side.model_outputs,
-            usual,
-            First(root, count),
-            certain=True,
-            generator=task.generator,
-            chunk_size=task.chunk_size,
-        )
-        for graph, layouts in zip(usual, before, strict=True):
-            graph.layouts = layouts  # a trial verifies none
+        contract_settled(task, side.model_outputs, usual, First(root, count))
 
     elements = sum(t.numel() for graph in graphs for t in graph.leaves) + sum(t.numel() for t in side.model_outputs)
     size = default_chunk_size(elements, side.model_outputs[0], task.chunk_size)
