@@ -28,6 +28,9 @@ PART = 2**16
 #: Entries from which on each diagonal in the host's memory is looked at by itself.
 ALONE = 2**13
 
+#: The golden ratio less one, whose multiples, modulo 1, lie evenly.
+GOLDEN = (5**0.5 - 1) / 2
+
 #: How small a part of the sum of squares the spread about the mean may be where it is their difference.
 SPREAD = 1e-3
 
@@ -137,7 +140,7 @@ def summarize(layer_curvatures: Mapping[str, Tensor], *, entries: int | None = N
 
     Args:
         layer_curvatures: layer name → tensor of any shape and floating-point dtype.
-        entries: the histogram of a layer that has many more is that of about so many, evenly spaced; None for all.
+        entries: the histogram of a layer that has many more is that of about so many, evenly spread; None for all.
 
     Raises:
         InvalidTypeError: as :func:`get_layer_curvature_stats`.
@@ -203,7 +206,19 @@ def _numbers(given: Tensor, histograms: bool, entries: int | None = None) -> Ten
     moments = _moments(given) if moments is None else moments
     if not histograms:
         return moments
-    return torch.cat([moments, _histograms(given[:, :: max(1, size // entries) if entries else 1])], 1)
+    return torch.cat([moments, _histograms(given if entries is None else _some(given, entries))], 1)
+
+
+def _some(given: Tensor, entries: int) -> Tensor:
+    """About so many entries of each row, spread evenly and, between the steps, by multiples of the golden ratio.
+
+    Steps of one length would meet the shape of a weight: each 144th entry of 3×3 kernels is one and the same tap.
+    """
+    step = given.shape[1] / entries
+    if step < 2:
+        return given
+    steps = torch.arange(entries, dtype=torch.float64, device=given.device)
+    return given[:, ((steps + steps * GOLDEN % 1) * step).long()]
 
 
 def _moments(given: Tensor) -> Tensor:
