@@ -13,11 +13,11 @@ from ..measurement import Measurement
 from ..recording import Recording, recorded
 from ..timing import seconds_of
 from .budget import Budget
-from .chain import seconds_of_chain, shortened
-from .choice import Choice, choose, seconds_of_exact
+from .chain import Chain, seconds_of_chain
+from .choice import Choice, seconds_of_exact
 from .decision import circumstances, matters
 from .facts import Facts
-from .investigate import Findings, attached, give_up_chain, investigate
+from .investigate import Findings, along_chain, attached, investigate
 from .output_draws import Reduce, whole
 from .trials import learn_seconds
 
@@ -102,7 +102,7 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
         budget = budget.after(sum(by_chain.values()))
         drawn = learn_seconds(task, found, budget, recording, draws=reduce)
         task.told.keep(of, found.facts, found.seconds, sum(by_chain.values()))
-        chosen = choose(found.facts.values(), budget)
+        chosen = found.chosen(budget)
     served = max(1, sum(c.strategy == Strategy.COLUMNS and c.products > 0 for c in chosen.values()))
     costs = {}
     for layer in task.layers:
@@ -165,20 +165,14 @@ def result_bytes(layers: Sequence[Layer]) -> int:
 
 def _seconds_by_chain(task: Measurement, found: Findings, budget: Budget) -> dict[str, float]:
     """What each layer takes that the chain serves, with the memory of all of them learnt."""
-    chosen = choose(found.facts.values(), budget)
-    carried = [name for name, choice in chosen.items() if choice.strategy == Strategy.CHAIN]
-    if not carried or found.chain is None:
-        return {}
-    chain = shortened(found.chain, carried)
-    try:
-        of_chain = most_bytes(lambda: seconds_of_chain(task, chain))
-        seconds = seconds_of_chain(task, chain)
-    except RuntimeError as error:
-        give_up_chain(task, found, budget, carried, error)
-        return {}
-    for name in carried:
-        found.learn(name, num_bytes=of_chain)
-    return {name: seconds[name] for name in carried}
+
+    def told(chain: Chain) -> tuple[int, dict[str, float]]:
+        return most_bytes(lambda: seconds_of_chain(task, chain)), seconds_of_chain(task, chain)
+
+    num_bytes, seconds = along_chain(task, found, budget, told) or (0, {})
+    for name in seconds:
+        found.learn(name, num_bytes=num_bytes)
+    return seconds
 
 
 def layer_cost(task: Measurement, facts: Facts, choice: Choice, seconds: float = 0.0) -> LayerCost:

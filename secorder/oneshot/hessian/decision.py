@@ -9,7 +9,6 @@ from ...results import Strategy
 from ..measurement import Measurement
 from ..recording import Recording
 from .budget import AUTO_SECONDS, Budget
-from .choice import choose
 from .facts import Facts
 from .investigate import Findings, verify_samples
 from .trials import LONG_WORK, alike, get_ready, learn_seconds
@@ -22,7 +21,7 @@ def matters(found: Findings, budget: Budget) -> bool:
     """Whether there is so much to do that the choice may depend on how long a product takes."""
     if budget.method == "hutchinson":
         return False
-    chosen = choose(found.facts.values(), budget)
+    chosen = found.chosen(budget)
     rest = [f for f in found.facts.values() if f.used and not f.last]
     if sum(f.chain_work for f in rest if chosen[f.layer].strategy == Strategy.CHAIN) > LONG_WORK:
         return True

@@ -10,7 +10,6 @@ from ..measurement import Measurement
 from ..recording import recorded
 from . import output_basis, parameter_basis
 from .budget import Budget
-from .choice import choose
 from .investigate import investigate
 from .on_parameters import on_parameters
 from .run import carry_out
@@ -41,7 +40,7 @@ def differentiable_hessian_diagonal(task: Measurement) -> Diagonals:
     budget = Budget("exact")
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
         found = investigate(task, recording, budget, columns=False)
-    chosen = choose(found.facts.values(), budget)
+    chosen = found.chosen(budget)
     values: dict[str, list[Tensor]] = {x.name: zeros(x) for x in task.layers}
     in_z = [found.graphs[name] for name, choice in chosen.items() if choice.strategy == output_basis.NAME]
     with recorded(task.isolated, [graph.layer for graph in in_z], own_parameters=True) as recording:

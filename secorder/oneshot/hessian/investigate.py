@@ -1,7 +1,7 @@
 """Finding out the facts about every layer, as far as something depends on them."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from ...layers.structure import linear_by_structure
 from ...results import Strategy
 from ..head import head_outputs, known_heads
 from ..independence import block_diagonal, linear_products, sample_bits
+from ..isolation import Result
 from ..known_losses import loss_of_rows, softmax_scale
 from ..loss import require_dependence
 from ..losses_by_output import precise_share
@@ -25,8 +26,8 @@ from ..output_hessian import loss_of_output, loss_separates, output_points
 from ..recorded_layer import layout_options, layouts_by_graph
 from ..recording import Recording, recorded
 from .budget import Budget
-from .chain import Chain, facts_of_chain, find_chain
-from .choice import choose
+from .chain import Chain, facts_of_chain, find_chain, shortened
+from .choice import Choice, choose
 from .column_draws import settled
 from .facts import Facts
 from .layer_by_operations import layers_by_operations
@@ -51,6 +52,14 @@ class Findings:
     def learn(self, name: str, **facts: Any) -> None:
         """Replace facts about a layer."""
         self.facts[name] = replace(self.facts[name], **facts)
+
+    def chosen(self, budget: Budget) -> dict[str, Choice]:
+        """By layer, the strategy that is chosen by the facts of now."""
+        return choose(self.facts.values(), budget)
+
+    def going_by(self, budget: Budget, *strategies: Strategy) -> list[str]:
+        """The layers for which one of these is."""
+        return [name for name, choice in self.chosen(budget).items() if choice.strategy in strategies]
 
 
 def facts(task: Measurement) -> dict[str, Facts]:
@@ -185,8 +194,8 @@ def _attach_by_operations(task: Measurement, found: Findings, output: Any, loss:
 
 def _needs_no_product(found: Findings, budget: Budget) -> bool:
     """Whether no layer takes products with the Hessian, which are zero by gradients that cannot be differentiated."""
-    chosen = choose(found.facts.values(), budget)
-    return all(choice.strategy in (Strategy.COLUMNS, Strategy.CHAIN, Strategy.UNUSED) for choice in chosen.values())
+    without = found.going_by(budget, Strategy.COLUMNS, Strategy.CHAIN, Strategy.UNUSED)
+    return len(without) == len(found.facts)
 
 
 def _feeds_itself(graph: LayerGraph) -> bool:
@@ -241,8 +250,8 @@ def _follow_chain(task: Measurement, found: Findings, side: OutputSide | None) -
 
 def _without_chain(found: Findings, budget: Budget) -> list[LayerGraph]:
     """The layers that act through z alone and that the chain does not serve."""
-    chosen = choose(found.facts.values(), budget)
-    return [g for g in _candidates(found) if chosen[g.layer.name].strategy != Strategy.CHAIN]
+    served = found.going_by(budget, Strategy.CHAIN)
+    return [g for g in _candidates(found) if g.layer.name not in served]
 
 
 def _with_columns(
@@ -313,13 +322,9 @@ def _piecewise_linear(task: Measurement, found: Findings, side: OutputSide, grap
 
 def _unverified(found: Findings, budget: Budget) -> list[LayerGraph]:
     """The layers of which it matters whether samples interact after them, and is not known."""
-    chosen = choose(found.facts.values(), budget)
-    names = [x for x, facts in found.facts.items() if facts.samples_independent is None]
-    graphs = [
-        g
-        for g in _candidates(found)
-        if g.layer.name in names and chosen[g.layer.name].strategy not in (Strategy.COLUMNS, Strategy.CHAIN)
-    ]
+    others = found.going_by(budget, Strategy.COLUMNS, Strategy.CHAIN)
+    known = {x for x, facts in found.facts.items() if facts.samples_independent is not None}.union(others)
+    graphs = [g for g in _candidates(found) if g.layer.name not in known]
     if budget.method == "exact":  # draws go by z wherever they may
         graphs = [g for g in graphs if found.facts[g.layer.name].outputs <= g.numel]
     return graphs
@@ -354,19 +359,24 @@ def verify_samples(task: Measurement, found: Findings, budget: Budget) -> None:
                 break
 
 
-def give_up_chain(
-    task: Measurement, found: Findings, budget: Budget, layers: Iterable[str], error: RuntimeError
-) -> None:
-    """Go on without the chain after an operator in it could not be differentiated so: others get along, or tell which.
+def along_chain(task: Measurement, found: Findings, budget: Budget, work: Callable[[Chain], Result]) -> Result | None:
+    """What ``work`` makes of the chain to the layers that it serves; None where it serves none.
 
-    What the user's own code raised is raised again.
+    Nor does it where an operator cannot be differentiated so: other strategies get along, or tell which one it is.
     """
-    if is_users_own(error):
-        raise error
+    layers = found.going_by(budget, Strategy.CHAIN)
+    if not layers or found.chain is None:
+        return None
+    try:
+        return work(shortened(found.chain, layers))
+    except RuntimeError as error:
+        if is_users_own(error):
+            raise
     for name in layers:
         found.learn(name, chain_depth=0)
     differentiate(task, found)
     verify_samples(task, found, budget)
+    return None
 
 
 def _independent(task: Measurement, graphs: list[LayerGraph]) -> bool:

@@ -28,11 +28,11 @@ from ..timing import (
 )
 from . import column_draws, columns, deflation, output_basis, output_draws, parameter_basis, parameter_draws
 from .budget import Budget
-from .chain import seconds_of_chain, shortened
-from .choice import EXACT, ExactModule, cheapest, choose, seconds_of_draws
+from .chain import seconds_of_chain
+from .choice import EXACT, ExactModule, cheapest, seconds_of_draws
 from .estimate import Estimate
 from .facts import Facts
-from .investigate import Findings, differentiate, give_up_chain, verify_samples
+from .investigate import Findings, along_chain, differentiate, verify_samples
 from .layer_graph import LayerGraph, OutputSide
 from .on_parameters import on_parameters
 from .output_draws import Reduce
@@ -88,7 +88,7 @@ def learn_seconds(
     """
     if draws is None:
         _learn_chain(task, found, budget)
-    chosen = choose(found.facts.values(), budget)
+    chosen = found.chosen(budget)
     asked = [f.layer for f in found.facts.values() if f.used and not f.last and f.numel]
     compared = [name for name in asked if found.facts[name].chain_seconds is not None]
     asked = [x for x in asked if chosen[x].strategy != Strategy.CHAIN or (draws is None and x in compared)]
@@ -102,7 +102,7 @@ def learn_seconds(
         for graph in by_columns:
             found.learn(graph.layer.name, seconds_by_column=seconds, num_bytes=num_bytes)
         verify_samples(task, found, budget)  # where columns take too long
-    chosen = choose(found.facts.values(), budget)
+    chosen = found.chosen(budget)
     asked = [x for x in asked if chosen[x].strategy not in (Strategy.COLUMNS, Strategy.COLUMN_DRAWS)]
     if budget.method == "hutchinson":  # the rest is drawn
         asked = []
@@ -129,15 +129,10 @@ def _ways(facts: Facts, budget: Budget, draws: Reduce | None) -> list[ExactModul
 
 def _learn_chain(task: Measurement, found: Findings, budget: Budget) -> None:
     """Time the chain, where it takes long, and get its layers ready for the strategies that may take its place."""
-    chosen = choose(found.facts.values(), budget)
-    names = [name for name, choice in chosen.items() if choice.strategy == Strategy.CHAIN]
-    if found.chain is None or sum(found.facts[name].chain_work for name in names) <= LONG_WORK:
+    names = found.going_by(budget, Strategy.CHAIN)
+    if sum(found.facts[name].chain_work for name in names) <= LONG_WORK:
         return
-    try:
-        seconds = seconds_of_chain(task, shortened(found.chain, names))
-    except RuntimeError as error:
-        give_up_chain(task, found, budget, names, error)
-        return
+    seconds = along_chain(task, found, budget, partial(seconds_of_chain, task)) or {}
     if sum(seconds.values()) < TRIAL_SECONDS:  # that of the others would take as long
         return
     get_ready(task, found, budget, names)
@@ -182,15 +177,15 @@ def _draw_some(
     reduce: Reduce,
 ) -> dict[str, float]:
     """Draw as many times as tells how long it takes; returns the seconds that all of a layer's draws are to take."""
-    chosen = choose(found.facts.values(), budget)
+    chosen = found.chosen(budget)
     drawn = [layer for layer in task.layers if chosen[layer.name].strategy == Strategy.PARAMETER_DRAWS]
     with recording.paused():
         gradients |= {x.name: own for x, own in on_parameters(task, [x for x in drawn if x.name not in gradients])}
-    together = [found.graphs[name] for name, choice in chosen.items() if choice.strategy == Strategy.COLUMN_DRAWS]
+    together = [found.graphs[name] for name in found.going_by(budget, Strategy.COLUMN_DRAWS)]
     limit = seconds_of_draws(budget, chosen)
     expected: dict[str, float] = {}
     layers = {layer.name: layer for layer in task.layers}
-    alone = [x for x, c in chosen.items() if c.strategy in (Strategy.OUTPUT_DRAWS, Strategy.PARAMETER_DRAWS)]
+    alone = found.going_by(budget, Strategy.OUTPUT_DRAWS, Strategy.PARAMETER_DRAWS)
     if together and found.output_side is not None:
         work: _Draws = partial(_drawn_columns, task, found.output_side, together, reduce)
         _, seconds = _seconds_of_draws(work, budget, len(together) * limit, TRIAL_SECONDS)
