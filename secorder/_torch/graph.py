@@ -22,6 +22,9 @@ RESHAPES = frozenset({"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueez
 #: Ends the names of PyTorch's own nodes; those of custom functions have no number.
 _NUMBERED = re.compile(r"Backward\d+$")
 
+#: Begins the names of functions that are not PyTorch's own, or of which it has no second derivative: a script's.
+_OTHERS = ("torch::autograd::CppNode<", "torch::jit::")
+
 #: By node, those that take its outputs: the node, and the number of its input.
 Users = dict[Node, list[tuple[Node, int]]]
 
@@ -159,6 +162,11 @@ def signed(number: int) -> int:
 def can_be_run(node: Node) -> bool:
     """Whether :func:`run_node` can run it: not those of ``torch.autograd.Function``, whose backward is the user's."""
     return callable(node) and node.name() not in WRONG_UNDER_VMAP
+
+
+def runs_alone(node: Node) -> bool:
+    """Whether a node is PyTorch's own, or one that it copies tensors with, so that it is run outside of its engine."""
+    return callable(node) and not node.name().startswith(_OTHERS)
 
 
 def is_builtin(node: Node) -> bool:

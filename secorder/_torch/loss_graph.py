@@ -17,6 +17,7 @@ from .graph import (
     passes_on,
     recomputed,
     run_node_once,
+    runs_alone,
     saved,
     shape_of,
 )
@@ -28,7 +29,7 @@ _NORMALISATIONS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 
 
 class UnknownNode(Exception):
-    """A node that is not run by itself: a custom function's, or one whose saved tensors a checkpoint computes again."""
+    """A node that is not run by itself: a custom function's, a script's, or one that a checkpoint computes again."""
 
 
 def place_of(tensor: Tensor) -> Place:
@@ -90,7 +91,7 @@ def pull_back(
         if all(g is None for g in own):
             continue
         on = passes_on(node)
-        if not on and (not callable(node) or is_complex(node) or recomputed(node) is not False):
+        if not on and (not runs_alone(node) or is_complex(node) or recomputed(node) is not False):
             raise UnknownNode(node.name())
         wanted = [k for k, (before, _) in enumerate(node.next_functions) if before in leads]
         if statistics_fixed and wanted == [0] and own[0] is not None and normalises(node):

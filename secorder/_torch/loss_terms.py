@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .graph import Node, operation_of, passes_on, recomputed, run_node, saved, shape_of, signed
+from .loss_graph import UnknownNode, place_of, pull_back
 
 #: How nodes of PyTorch's losses have saved ``reduction="mean"`` and ``"sum"``.
 MEAN, SUM = 1, 2
@@ -87,10 +88,15 @@ def selected(node: Node) -> tuple[int, ...]:
     return tuple(shape_of(node, 0)) if selects else ()
 
 
-def ones_for(node: Node) -> Tensor:
-    """Ones in place of the first tensor that a node has computed."""
-    made = node._input_metadata[0]
-    return torch.ones(shape_of(node, 0), dtype=made.dtype, device=made.device)
+def ones_for(node: Node, number: int = 0) -> Tensor:
+    """Ones in place of one of the tensors that a node has computed."""
+    made = node._input_metadata[number]
+    return torch.ones(shape_of(node, number), dtype=made.dtype, device=made.device)
+
+
+def alone(node: Node, number: int, g: Tensor) -> list[Tensor | None]:
+    """A gradient on one of the tensors that a node has computed, and none on the others."""
+    return [g if k == number else None for k in range(len(node._input_metadata))]
 
 
 def hides(node: Node) -> bool:
@@ -100,24 +106,38 @@ def hides(node: Node) -> bool:
     return not operation_of(node) or recomputed(node) is not False
 
 
-def multiplier(node: Node, index: int, leads: Collection[Node], most: int = 0) -> Tensor | None:
-    """What a node multiplies an input by, number by number; None where that is no constant, as ``leads`` are none.
+def multiplier(node: Node, index: int, leads: Collection[Node], most: int = 0, number: int = 0) -> Tensor | None:
+    """What a node multiplies an input by for an output, number by number; None where that is no constant.
 
-    Of operations that are no products, those are looked at that make ``most`` numbers, and no more than they are given,
-    for one factor of all: they are linear where what they make of a gradient does not depend on their inputs.
+    What is among ``leads`` is no constant. Of operations that are no products, those are looked at that make ``most``
+    numbers, and no more than they are given, for one factor of all: they are linear where what they make of a gradient
+    does not depend on their inputs.
     """
     others = [before for k, (before, _) in enumerate(node.next_functions) if k != index and before in leads]
     product = operation_of(node) in PRODUCTS and not others and not (operation_of(node) == "Div" and index)
-    small = prod(shape_of(node, 0)) <= min(most, prod(shape_of(*node.next_functions[index])))
-    if not product and not (small and len(node._input_metadata) == 1):
+    small = prod(shape_of(node, number)) <= min(most, prod(shape_of(*node.next_functions[index])))
+    if not product and not small:
         return None
-    ones = ones_for(node)
+    ones = ones_for(node, number)
     if operation_of(node) in ("Div", "Mul") and not ones.is_complex():  # a twelfth is none in half precision
         ones = ones.to(torch.promote_types(ones.dtype, torch.float32))
     with torch.enable_grad():
-        found = run_node(node, [ones], index)
-    linear = product or not (found.requires_grad or (found.numel() and not uniform(found)))
-    return found.detach() if linear else None
+        found = run_node(node, alone(node, number, ones), index)
+    if product or not found.numel() or (uniform(found.detach()) and not _depends(found, node, leads)):
+        return found.detach()
+    return None
+
+
+def _depends(made: Tensor, node: Node, leads: Collection[Node]) -> bool:
+    """Whether what a node makes of a gradient depends on what it was given: PyTorch may have zeros for that."""
+    if made.grad_fn is None:
+        return False
+    given = [place for place in node.next_functions if place[0] in leads]
+    try:
+        found = pull_back({place_of(made): torch.ones_like(made)}, given)
+    except (UnknownNode, RuntimeError):  # such as what has no second derivative
+        return True
+    return any(bool(g.any()) for g in found.values())
 
 
 def divides_by_tensor(node: Node) -> bool:

@@ -24,6 +24,7 @@ from secorder._torch.graph import (
     passes_on,
     recomputed,
     run_node,
+    runs_alone,
     saved,
     shape_of,
     tells_recomputation,
@@ -118,6 +119,21 @@ def test_a_users_own_function_cannot_be_run() -> None:
     x = torch.randn(2, requires_grad=True)
     assert can_be_run(x.exp().grad_fn)
     assert not can_be_run(Function.apply(x).grad_fn)
+
+
+@torch.jit.script
+def scripted(x: Tensor) -> Tensor:
+    return x.exp().tanh()
+
+
+def test_what_is_not_run_outside_of_the_engine() -> None:
+    x = torch.randn(2, requires_grad=True)
+    written = torch.zeros(3)
+    written[:2] = x
+    assert all(runs_alone(node) for node in (x.exp().grad_fn, written.grad_fn))
+    for _ in range(3):  # compiled once it has seen what it is called with
+        script = scripted(x).grad_fn
+    assert not any(runs_alone(node) for node in (Function.apply(x).grad_fn, script))
 
 
 def test_what_a_checkpoint_computes_again() -> None:

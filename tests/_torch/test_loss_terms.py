@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from secorder._torch.graph import nodes_behind, tells_recomputation
 from secorder._torch.loss_terms import (
     MOST,
+    alone,
     averaged,
     divides_by_tensor,
     factors_between,
@@ -106,6 +107,26 @@ def test_what_is_multiplied_by_constants() -> None:
     assert multiplier((z * learnt).grad_fn, 0, [*leads, learnt.grad_fn]) is None
 
 
+def test_an_operation_is_linear_where_its_gradient_does_not_depend_on_what_it_is_given() -> None:
+    z = torch.rand(6, dtype=torch.float64, requires_grad=True).exp()
+    kernel = torch.full((1, 1, 6), 0.5, dtype=torch.float64)
+    variance, mean = torch.var_mean(z)
+    for y, number, expected in (
+        (F.conv1d(z[None, None], kernel), 0, 0.5),
+        (F.avg_pool2d(z[None, None], (1, 6)), 0, 1 / 6),
+        (z.norm(1), 0, 1.0),
+        (mean, 1, 1 / 6),
+        (variance, 0, None),
+        (z.exp().prod(), 0, None),
+        (z.norm(2), 0, None),
+    ):
+        node = y.grad_fn
+        by = multiplier(node, 0, [node.next_functions[0][0]], 6, number)
+        assert (by is None) == (expected is None), node
+        if by is not None:
+            torch.testing.assert_close(by, torch.full_like(by, expected))
+
+
 def test_a_number_is_divided_by_as_it_is_in_half_precision() -> None:
     total = torch.ones(12, dtype=torch.bfloat16, requires_grad=True).exp().sum()
     by = multiplier((total / 12).grad_fn, 0, [total.grad_fn])
@@ -140,7 +161,9 @@ def test_weights_of_a_binary_cross_entropy() -> None:
 
 def test_ones_in_place_of_what_a_node_has_computed() -> None:
     y = torch.ones(2, 3, dtype=torch.float64, requires_grad=True).exp()
-    assert torch.equal(ones_for(y.grad_fn), torch.ones(2, 3, dtype=torch.float64))
+    ones = ones_for(y.grad_fn)
+    assert torch.equal(ones, torch.ones(2, 3, dtype=torch.float64))
+    assert alone(y.grad_fn, 0, ones) == [ones]
 
 
 def test_a_mean_over_targets_tells_what_it_counts() -> None:

@@ -8,7 +8,7 @@ batch of another size comes (:mod:`.sizes`).
 """
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
@@ -16,9 +16,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._torch.graph import Node, operation_of, shape_of
-from ..._torch.loss_graph import UnknownNode
-from ..._torch.loss_terms import averaged, divides_by_tensor, hides, multiplier, ones_for, selected, summed, uniform
+from ..._torch.graph import Node, operation_of, run_node, shape_of
+from ..._torch.loss_graph import Place, UnknownNode
+from ..._torch.loss_terms import (
+    alone,
+    averaged,
+    divides_by_tensor,
+    hides,
+    multiplier,
+    ones_for,
+    selected,
+    summed,
+    uniform,
+)
 from ..._torch.random_state import fresh_generator
 from .choices import samples_behind
 from .seen import SeenLoss
@@ -85,26 +95,35 @@ class _Walk:
 
 @torch.no_grad()
 def paths_of(loss: SeenLoss, samples: int, told: str) -> set[Path]:
-    """The kinds of paths from a loss to its outputs; without those through what cannot be looked at."""
+    """The kinds of paths from a loss to its outputs; without those through what hides what it does.
+
+    Raises :class:`UnknownNode` where samples are put together in a way that is not known.
+    """
     ends = {node for node, _ in loss.outputs}
     leads = ends.union(loss.order)
     places = [place for node in loss.order for place in node.next_functions if place[0] in leads]
     counts = [*(prod(shape_of(*place)) for place in places), *map(averaged, loss.order)]
     sizes = {samples, *(count for count in counts if count and not count % samples)}
     walk = _Walk(loss, samples, told, leads, sizes, Counter(map(operation_of, loss.order)))
-    found: dict[Node, set[Path]] = {}
-    for (node, _), g in loss.roots.items():
+    found: dict[Node, dict[int, set[Path]]] = {}
+    for (node, number), g in loss.roots.items():
         if g.numel() and uniform(g.abs()):  # others, such as of a loss that this graph does not hold, tell nothing
-            found.setdefault(node, set()).update(_multiplied(walk, [Path()], g.abs(), whole=not g.dim()))
+            _reach(found, (node, number), _multiplied(walk, [Path()], g.abs(), whole=not g.dim()))
     for node in loss.order:
-        paths = found.pop(node, set())
-        paths = paths if len(paths) <= MOST else {x._replace(scale=1.0) for x in paths}
-        for index, (before, _) in enumerate(node.next_functions):
-            if before in leads and paths and not hides(node):
-                curved = operation_of(node) in CURVED
-                on = [x._replace(inside=x.inside or curved) for x in _through(walk, paths, node, index)]
-                found.setdefault(before, set()).update(on)
-    return {_in_all(walk, path) for end in ends for path in found.get(end, ())}
+        for number, paths in found.pop(node, {}).items():
+            if len(paths) > MOST:
+                paths = {x._replace(scale=1.0) for x in paths}
+            for index, before in enumerate(node.next_functions):
+                if before[0] in leads and not hides(node):
+                    curved = operation_of(node) in CURVED
+                    on = [x._replace(inside=x.inside or curved) for x in _through(walk, paths, (node, number), index)]
+                    _reach(found, before, on)
+    return {_in_all(walk, path) for end in ends for paths in found.get(end, {}).values() for path in paths}
+
+
+def _reach(found: dict[Node, dict[int, set[Path]]], place: Place, paths: Iterable[Path]) -> None:
+    """Enter paths by where they have come to."""
+    found.setdefault(place[0], {}).setdefault(place[1], set()).update(paths)
 
 
 def _in_all(walk: _Walk, path: Path) -> Path:
@@ -115,21 +134,27 @@ def _in_all(walk: _Walk, path: Path) -> Path:
     return power._replace(scale=path.scale, inside=path.inside)
 
 
-def _through(walk: _Walk, paths: Collection[Path], node: Node, index: int) -> list[Path]:
-    """Paths that go on from a node to one of its inputs; without those of which nothing is known behind it."""
+def _through(walk: _Walk, paths: Collection[Path], place: Place, index: int) -> list[Path]:
+    """Paths that go on from an output of a node to one of its inputs.
+
+    Raises :class:`UnknownNode` for what makes one number of several samples in a way that is not known.
+    """
+    node, number = place
     if averaged(node):
         return [_averaged(walk, path, node) for path in paths]
     if count := summed(node):
         return [_added(walk, path, count) for path in paths]
     if rows := selected(node):
         return [_chosen(walk, path, *rows) for path in paths]
-    by = multiplier(node, index, walk.leads, walk.samples)
+    by = multiplier(node, index, walk.leads, walk.samples, number)
     if by is None or not by.numel():
+        if prod(shape_of(*place)) < walk.samples and _mixes(place, index) and _joins(walk, node, number):
+            raise UnknownNode(node.name())
         return list(paths)
     if node.next_functions[index] in walk.loss.outputs and uniform(by) and _squared(walk, by) in walk.sizes:
         # Of outputs that may be squared later nothing is known; a temperature's square outside is no number of samples.
         paths = [path._replace(likely=0) for path in paths if path.inside]
-    whole = prod(shape_of(node, 0)) == 1
+    whole = prod(shape_of(*place)) == 1
     divides, counted = operation_of(node) == "Div", divides_by_tensor(node)
     return _multiplied(walk, paths, by, divides=divides, whole=whole, counted=counted)
 
@@ -212,22 +237,33 @@ def _chosen(walk: _Walk, path: Path, rows: int, *rest: int) -> Path:
     return path._replace(power=power, number=0, why=why)
 
 
-def _kind(node: Node) -> object:
+def _mixes(place: Place, index: int) -> bool:
+    """Whether the first number that a node makes is of several that it is given."""
+    node, number = place
+    return int(run_node(node, alone(node, number, _first(node, number)), index).count_nonzero()) > 1
+
+
+def _first(node: Node, number: int) -> Tensor:
+    """One for the first number that a node has computed, and zeros for all others."""
+    one = ones_for(node, number)
+    one.view(-1)[1:] = 0
+    return one
+
+
+def _kind(node: Node, number: int) -> object:
     """The same for nodes that do the same with tensors of the same shapes."""
     before = tuple(tuple(shape_of(*place)) for place in node.next_functions if place[0] is not None)
-    return operation_of(node), tuple(shape_of(node, 0)), before
+    return operation_of(node), number, tuple(shape_of(node, number)), before
 
 
-def _joins(walk: _Walk, node: Node) -> bool:
+def _joins(walk: _Walk, node: Node, number: int = 0) -> bool:
     """Whether one number that a node makes is of several samples: a loop has many alike, of one sample each."""
-    kind = _kind(node)
-    if prod(shape_of(node, 0)) == 1 and walk.alike[operation_of(node)] == 1:
+    kind = _kind(node, number)
+    if prod(shape_of(node, number)) == 1 and walk.alike[operation_of(node)] == 1:
         return True
     if kind not in walk.joins:
-        one = ones_for(node)
-        one.view(-1)[1:] = 0
         try:
-            found = samples_behind((node, 0), one, walk.loss.outputs, fresh_generator())
+            found = samples_behind((node, number), _first(node, number), walk.loss.outputs, fresh_generator())
             walk.joins[kind] = len(set().union(*found.values())) != 1  # where the gradient is zero, it is not known
         except UnknownNode:
             walk.joins[kind] = True

@@ -184,8 +184,12 @@ def _look(
     also = f" Also, {fisher.assumed}" if fisher.assumed else ""  # perhaps wrongly
     coupled = _seen(fisher, loss, chooses, couples)
     if not coupled:
-        with no_autocast():
-            reason = _otherwise(fisher, loss)
+        try:
+            with no_autocast():
+                reason = _otherwise(fisher, loss)
+        except UnknownNode as unknown:
+            fisher.troubles.unseen = _UNSEEN.format(_THROUGH.format(unknown))
+            return
         if reason:
             fisher.troubles.mark(names(loss.outputs), reason + also)
         return

@@ -57,9 +57,18 @@ def test_a_probe_that_is_detached_waits_for_no_backward() -> None:
     loss.backward()
 
 
+@torch.jit.script
+def scripted(z: Tensor, t: Tensor) -> Tensor:
+    return -z.log_softmax(1).gather(1, t.unsqueeze(1)).mean()
+
+
 UNSEEN: dict[str, Criterion] = {
     "a custom function": lambda z, t: F.nll_loss(-Exponential.apply(z), t),
     "a checkpoint": lambda z, t: checkpoint(F.cross_entropy, z, t, use_reentrant=False),
+    "a script": scripted,
+    "by segments": lambda z, t: torch.segment_reduce(
+        F.cross_entropy(z, t, reduction="none"), "mean", lengths=torch.tensor([len(z)])
+    ).squeeze(),
 }
 
 
