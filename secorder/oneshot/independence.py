@@ -76,9 +76,12 @@ def outputs_independent(
 
 
 def exchange(inputs: Any, count: int, sample_dim: int) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
-    """For each place another sample, some twice and others nowhere, and what puts them there; None if all are alike."""
-    order = _resampled(count)
+    """For each place another sample, some twice and others nowhere, and what puts them there; None if all are alike.
+
+    Nowhere are those with the largest numbers, by which what scales a batch (a quantisation, say) goes.
+    """
     tensors = [(t, sample_dimension(t, count, sample_dim)) for t in tensors_in(inputs)]
+    order = _resampled(count, [_holder(t, dim) for t, dim in tensors if dim is not None and _of_numbers(t)])
     if not all(dim is None or _differ(t, dim, order) for t, dim in tensors):
         return None
 
@@ -111,24 +114,38 @@ def _places_exchanged(
     return True
 
 
-def _resampled(count: int) -> Tensor:
-    """For each place another sample; a third of the samples is in none, and as many are in two."""
+def _resampled(count: int, nowhere: Sequence[int] = ()) -> Tensor:
+    """For each place another sample; a third of the samples, some given ones first, is in none, and as many in two."""
     generator = torch.Generator(device="cpu").manual_seed(0)
-    ring = torch.randperm(count, generator=generator, device="cpu")
-    following = ring.roll(-1)
+    places = torch.arange(count, device="cpu")
+    following = places.roll(-1)
     # Every third one of the ring gets the sample two places on, which its successor has too.
-    following[::3] = ring.roll(-2)[::3]
-    order = torch.empty_like(ring)
-    order[ring] = following
+    following[::3] = places.roll(-2)[::3]
+    left = set(range(count)) - set(following.tolist())
+    ring = torch.randperm(count, generator=generator, device="cpu").tolist()
+    for place, sample in zip(sorted(left), dict.fromkeys(nowhere), strict=False):
+        other = ring.index(sample)
+        ring[place], ring[other] = ring[other], ring[place]
+    order = torch.empty_like(places)
+    order[ring] = torch.tensor(ring, device="cpu")[following]
     return order
+
+
+def _of_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers one by one, real or complex."""
+    real = tensor.is_floating_point() or tensor.is_complex()
+    return real and tensor.numel() > 0 and tensor.layout == torch.strided
+
+
+def _holder(tensor: Tensor, dim: int) -> int:
+    """The sample that holds the largest number."""
+    return int(tensor.detach().abs().movedim(dim, 0).reshape(tensor.shape[dim], -1).amax(1).argmax())
 
 
 def _differ(tensor: Tensor, dim: int, order: Tensor) -> bool:
     """Whether exchanging samples changes those of most places by much, as far as they are real numbers."""
-    if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
-        return not tensor.is_floating_point()
-    if tensor.layout != torch.strided:
-        return False
+    if not _of_numbers(tensor):
+        return not (tensor.is_floating_point() or tensor.is_complex())
     changed = (tensor - tensor.index_select(dim, order.to(tensor.device))).abs().movedim(dim, 0)
     change = changed.reshape(len(changed), -1).amax(1)
     return bool((change > tensor.abs().amax() / 64).float().mean() >= 0.5)

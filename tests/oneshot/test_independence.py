@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from secorder import CouplingError, per_layer_fisher_diagonal
 from secorder.layers.layout import DIM_ZERO, Layout
 from secorder.oneshot.independence import (
     block_diagonal,
@@ -152,3 +153,15 @@ def test_products_of_a_backward_that_clamps_are_not_linear() -> None:
         if clamps:
             g[0].register_hook(lambda v: v.clamp(-0.1, 0.1))
         assert linear_products(g, [z], seeded()) is not clamps
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 6, 16])
+def test_a_scale_by_the_largest_number_of_the_batch_is_seen_whoever_holds_it(count: int) -> None:
+    model = nn.Sequential(Fn(lambda x: (x / x.abs().max() * 127).round() / 127), nn.Linear(3, 2))
+    for holder in range(count):
+        x = torch.randn(count, 3)
+        x[holder] *= 10
+        with isolate(model, None, []) as isolated:
+            assert not outputs_independent(isolated, x, count, 0)
+        with pytest.raises(CouplingError):
+            per_layer_fisher_diagonal(model, nn.functional.mse_loss, x, torch.randn(count, 2))
