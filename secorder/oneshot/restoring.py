@@ -52,9 +52,9 @@ def of_dict(table: dict[Any, Any]) -> Restore:
 
 
 def of_attributes(module: nn.Module) -> Restore:
-    """Of a module: all but the mode, which a measurement may set itself."""
-    saved = dict(vars(module))
-    return lambda: _restore_dict(vars(module), {**saved, "training": module.training})
+    """Of a module: all but the mode, which a measurement may set itself, and a compiled module has not."""
+    saved, mode = dict(vars(module)), "training" in vars(module)
+    return lambda: _restore_dict(vars(module), {**saved, "training": module.training} if mode else saved)
 
 
 def _restore_dict(table: dict[Any, Any], saved: dict[Any, Any]) -> bool:

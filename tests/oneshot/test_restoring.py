@@ -5,7 +5,7 @@ import types
 
 import torch
 
-from secorder.oneshot.restoring import SavedTensor, of_cell, of_elements, of_length, used_up
+from secorder.oneshot.restoring import SavedTensor, of_attributes, of_cell, of_elements, of_length, used_up
 
 
 def test_what_was_not_changed_is_told_apart() -> None:
@@ -50,3 +50,13 @@ def test_iterators_that_cannot_be_put_back() -> None:
     loader = torch.utils.data.DataLoader([1, 2])  # type: ignore[arg-type]
     assert all(map(used_up, [iter([1]), (x for x in [1]), iter(loader)]))
     assert not any(map(used_up, [[1], Own(), sys.stdout, loader]))
+
+
+def test_a_compiled_module_is_given_no_mode_of_its_own() -> None:
+    module = torch.compile(torch.nn.Linear(2, 2), backend="eager")
+    before, restore = dict(vars(module)), of_attributes(module)
+    module.eval()
+    vars(module)["count"] = 1
+    assert restore()
+    assert vars(module) == before
+    assert not module.training
