@@ -101,20 +101,21 @@ def bytes_at_once(trial: Callable[[int], object], most: int, count: int) -> int:
 
 
 def of_nearest(
-    kinds: Sequence[Hashable], tell: Callable[[int], Value], most: float = MOST_SECONDS
+    kinds: Sequence[Hashable], tell: Callable[[int], Value], most: float = MOST_SECONDS, *, in_order: bool = False
 ) -> list[tuple[Value, int]]:
     """What is told of each of many, and of which it was told: of the nearest of its kind that there were seconds for.
 
     Args:
-        kinds: of each; one of every kind is asked first, spread over all.
+        kinds: of each; one of every kind is asked first, spread over all, or the first one.
         tell: of one, by its place.
         most: seconds after which no other one is begun, beside the first, with which much may happen that one time.
+        in_order: ask the first ones first, and no other one where the first takes that long.
     """
     values: dict[int, Value] = {}
-    start = math.inf
-    spread = sorted(range(len(kinds)), key=lambda place: f"{place:032b}"[::-1])  # every 16th, 8th, 4th, …
-    first = {kinds[place]: place for place in reversed(spread)}
-    for place in sorted(spread, key=lambda place: first[kinds[place]] != place):
+    start = time.perf_counter() if in_order else math.inf
+    order = sorted(range(len(kinds)), key=lambda place: f"{place:032b}"[:: 1 if in_order else -1])  # every 16th, 8th, …
+    first = {kinds[place]: place for place in reversed(order)}
+    for place in sorted(order, key=lambda place: first[kinds[place]] != place):
         if time.perf_counter() - start > most:
             break
         values[place] = tell(place)

@@ -102,6 +102,20 @@ def test_of_each_kind_one_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(made) == 4
 
 
+def test_those_in_order_are_told_by_the_first_of_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, made = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def tell(place: int) -> int:
+        now[0] += 1.0
+        made.append(place)
+        return place
+
+    for most, told in ((0.5, [0, 0, 0, 0]), (1.5, [0, 0, 2, 2]), (2.5, [0, 1, 2, 2])):
+        assert [place for _, place in of_nearest("aabb", tell, most, in_order=True)] == told
+    assert made == [0, 0, 2, 0, 2, 1]
+
+
 def test_seconds_of_work() -> None:
     assert seconds_of(lambda: None) >= 0
 

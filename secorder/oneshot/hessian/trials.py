@@ -155,7 +155,7 @@ def _learn(found: Findings, fact: str, trials: Mapping[str, _Trial], *, metered:
         return seconds_per_product(*trials[unknown[place]], TRIAL_SECONDS * shares[unknown[place]])
 
     def num_bytes(place: int) -> int:
-        name = names[place]
+        name = largest[place]
         return bytes_of_products(*trials[name], getattr(found.facts[name], fact), TRIAL_SECONDS * shares[name])
 
     if unknown:
@@ -164,8 +164,16 @@ def _learn(found: Findings, fact: str, trials: Mapping[str, _Trial], *, metered:
     for name, (told, place) in zip(unknown, of_each, strict=True):  # as much longer as more comes after it
         found.learn(name, **{fact: told * found.facts[name].passed / max(1, found.facts[unknown[place]].passed)})
     if metered:
-        for name, (metered_bytes, _) in zip(names, of_nearest(kinds, num_bytes, METERED_SECONDS), strict=True):
+        largest = _largest_first(found, {name: most for name, (_, most) in trials.items()})
+        kinds = [kinds[names.index(name)] for name in largest]
+        of_each_kind = of_nearest(kinds, num_bytes, METERED_SECONDS, in_order=True)
+        for name, (metered_bytes, _) in zip(largest, of_each_kind, strict=True):
             found.learn(name, num_bytes=metered_bytes)
+
+
+def _largest_first(found: Findings, at_once: Mapping[str, int]) -> list[str]:
+    """Layers by how much so many products at once pass through, which memory goes by."""
+    return sorted(at_once, key=lambda name: -at_once[name] * found.facts[name].passed)
 
 
 def _draw_some(
@@ -213,11 +221,14 @@ def _draw_some(
         decided = chosen[name].strategy == Strategy.OUTPUT_DRAWS and _decided_by_draws(found, name, budgets[name])
         expected[name] = told[name][1] + (2 * deflation.PILOT_DRAWS * told[name][0] if decided else 0.0)
 
+    largest = _largest_first(found, {name: sizes[name] for name in many})
+
     def num_bytes(place: int) -> int:
-        name = many[place]
+        name = largest[place]
         return _bytes_of_draws(works[name], budgets[name], sizes[name], part / max(told[name][0], 1e-9))
 
-    for name, (metered, _) in zip(many, of_nearest(kinds, num_bytes, METERED_SECONDS), strict=True):
+    kinds = [chosen[x].strategy for x in largest]
+    for name, (metered, _) in zip(largest, of_nearest(kinds, num_bytes, METERED_SECONDS, in_order=True), strict=True):
         found.learn(name, num_bytes=metered)
     for name, seconds in _seconds_of_columns_beside(task, found, budget, alone, reduce, limit).items():
         expected[name] += seconds

@@ -3,6 +3,8 @@
 import pytest
 from torch import nn
 
+from secorder._torch.memory import most_bytes
+from secorder._torch.vjp import CHUNK_BYTES
 from secorder.oneshot.hessian import parameter_basis
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.hessian.facts import Facts
@@ -23,6 +25,19 @@ def test_it_is_exact_with_a_product_for_each_element(build, layer: str) -> None:
     for value, expected in zip(found, exact(model, batch, layer), strict=True):
         assert_close(value, expected)
     assert sum(told) == sum(p.numel() for p in model.get_submodule(layer).parameters())
+
+
+def test_products_are_gone_before_there_are_the_next() -> None:
+    model, batch = nn.Sequential(nn.Linear(4, 600), nn.Tanh(), nn.Linear(600, 3)), data()
+
+    def peak(limit: int) -> int:
+        def run(task, own, gradients):  # type: ignore[no-untyped-def]
+            elements = CHUNK_BYTES["cpu"] // (32 * 8)  # eight at once
+            return most_bytes(lambda: parameter_basis.run(task, own, gradients, elements, lambda _: None, limit))
+
+        return int(on_theta(run, model, batch, "0"))
+
+    assert peak(100) < 1.1 * peak(8)
 
 
 def test_it_applies_everywhere() -> None:

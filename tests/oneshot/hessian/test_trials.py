@@ -220,7 +220,7 @@ def test_draws_of_layers_that_are_not_tried_take_as_much_longer_as_their_product
 ) -> None:
     model, x, y, tried = mlp(), *data(), []
 
-    def one_alone(kinds: Any, tell: Any, most: float = 0.0) -> list[tuple[Any, int]]:
+    def one_alone(kinds: Any, tell: Any, most: float = 0.0, **_: bool) -> list[tuple[Any, int]]:
         return [(tell(0), 0) for _ in kinds] if kinds else []
 
     def products(trial: Any, most: int, allowance: float) -> float:
