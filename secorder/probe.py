@@ -48,11 +48,11 @@ from .oneshot.hessian.facts import Facts
 from .oneshot.hessian.investigate import facts
 from .oneshot.isolation import Result
 from .oneshot.measurement import Measurement, measure, whole_layers
-from .oneshot.operators import Curvature
+from .oneshot.operators import By, Curvature
 from .oneshot.overwriting import on_copies
 from .oneshot.quantity import Quantity, quantity_cost
 from .oneshot.timing import Told, seconds_of
-from .oneshot.trace import By, Trace, traces
+from .oneshot.trace import Trace, traces
 from .oneshot.warn import warn_if_estimated, warn_if_inexact, warn_if_not_finite
 from .online.attributions import Attributions
 from .online.checkpoint import load_state, state_of, synchronize

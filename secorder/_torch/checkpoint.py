@@ -8,6 +8,8 @@ from typing import Any
 
 from torch.utils import checkpoint
 
+from .surroundings import assigned
+
 
 @contextmanager
 def plain_checkpoints() -> Iterator[None]:
@@ -24,8 +26,5 @@ def plain_checkpoints() -> Iterator[None]:
             return kind.apply(function, preserve, *args)
         return function(*args)
 
-    module.CheckpointFunction = SimpleNamespace(apply=apply)
-    try:
+    with assigned([module], CheckpointFunction=SimpleNamespace(apply=apply)):
         yield
-    finally:
-        module.CheckpointFunction = kind

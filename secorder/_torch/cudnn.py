@@ -1,12 +1,13 @@
 """Recurrent layers without cuDNN, which has no second derivative, no vmap, and no backward in evaluation mode."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from .surroundings import assigned
 
 _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 
@@ -22,15 +23,5 @@ class _WithoutCudnn(TorchFunctionMode):
     """Runs recurrent layers alone without cuDNN: convolutions beside them are many times as fast with it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with _disabled() if func in _RECURRENT else nullcontext():
+        with assigned([torch.backends.cudnn], enabled=False) if func in _RECURRENT else nullcontext():
             return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _disabled() -> Iterator[None]:
-    enabled = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = enabled

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 
+from .surroundings import assigned
+
 #: A product of matrices, a convolution, or a recurrent layer.
 Operation = Literal["product", "convolution", "recurrence"]
 
@@ -86,14 +88,9 @@ def products_as_convolutions(device: torch.device) -> Iterator[None]:
     if device.type != "cuda" or not rounding_of_products(device, "convolution") or rounding_of_products(device):
         yield
         return
-    setting: Any = torch.backends.cuda.matmul
-    name, tf32 = ("fp32_precision", "tf32") if _BY_OPERATION else ("allow_tf32", True)
-    before = getattr(setting, name)
-    setattr(setting, name, tf32)
-    try:
+    tf32: dict[str, Any] = {"fp32_precision": "tf32"} if _BY_OPERATION else {"allow_tf32": True}
+    with assigned([torch.backends.cuda.matmul], **tf32):
         yield
-    finally:
-        setattr(setting, name, before)
 
 
 @cache

@@ -1,8 +1,8 @@
 """Modules: their hooks, where they hold parameters and buffers, and which forward they run."""
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from operator import attrgetter, is_
 from threading import get_ident
 from types import FrameType
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .pytree import once_each
+from .surroundings import assigned
 
 
 class Place(NamedTuple):
@@ -42,6 +43,17 @@ def put_back(places: Iterable[Place]) -> None:
     """Hold the values of places there again."""
     for place in places:
         place.put(place.value)
+
+
+@contextmanager
+def holding(values: Sequence[tuple[Place, Tensor]]) -> Iterator[None]:
+    """Inside, other tensors are held in some places."""
+    try:
+        for place, value in values:
+            place.put(value)
+        yield
+    finally:
+        put_back(place for place, _ in values)
 
 
 def parameter_places(module: nn.Module) -> list[Place]:
@@ -109,15 +121,10 @@ def buffer_places(module: nn.Module) -> list[Place]:
     return [Place(module._buffers, name, b) for name, b in module._buffers.items() if b is not None]
 
 
-@contextmanager
-def parameters_replaced(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+def parameters_replaced(module: nn.Module, parameters: Mapping[str, Tensor]) -> AbstractContextManager[None]:
     """Inside, the module's own parameters of these names are other tensors."""
-    own = dict(module._parameters)
-    try:
-        module._parameters.update(parameters)  # type: ignore[arg-type]
-        yield
-    finally:
-        module._parameters.update(own)
+    own = own_parameters(module)
+    return holding([(Place(module._parameters, name, own[name]), value) for name, value in parameters.items()])
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -352,17 +359,9 @@ def observe_nothing(modules: Iterable[nn.Module]) -> None:
             module._buffers["observer_enabled"] = torch.zeros_like(flag)
 
 
-@contextmanager
-def evaluating(model: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[None]:
+def evaluating(model: nn.Module, but: Collection[nn.Module] = ()) -> AbstractContextManager[None]:
     """Inside, all modules but some are in eval mode."""
-    training = [module for module in model.modules() if module.training and module not in but]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    return assigned([m for m in model.modules() if m.training and m not in but], training=False)
 
 
 def constant_in_place_of(module: nn.Module, name: str) -> Tensor | None:

@@ -1,10 +1,11 @@
 """Gradients of tables that are kept as the rows that were looked up (``nn.Embedding(sparse=True)``)."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
+
+from .surroundings import assigned
 
 #: Modules that may give such gradients, by their attribute ``sparse``.
 TABLES = (nn.Embedding, nn.EmbeddingBag)
@@ -25,14 +26,6 @@ def looked_up(gradient: Tensor) -> tuple[Tensor, Tensor]:
     return gradient._indices()[0], gradient._values()
 
 
-@contextmanager
-def dense_gradients(modules: Iterable[Any]) -> Iterator[None]:
+def dense_gradients(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Inside, tables give dense gradients, which may be differentiated once more; outputs are the same."""
-    tables = [m for m in modules if isinstance(m, TABLES) and gives_sparse_gradients(m)]
-    try:
-        for table in tables:
-            table.sparse = False
-        yield
-    finally:
-        for table in tables:
-            table.sparse = True
+    return assigned(list(filter(gives_sparse_gradients, modules)), sparse=False)

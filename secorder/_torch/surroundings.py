@@ -6,8 +6,8 @@ note of each operation. A look at what was accumulated is taken where a user eva
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -25,22 +25,28 @@ count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 @contextmanager
+def assigned(holders: Iterable[Any], **values: Any) -> Iterator[None]:
+    """Inside, attributes of objects have other values."""
+    before = [(holder, name, getattr(holder, name)) for holder in holders for name in values]
+    try:
+        for holder, name, _ in before:
+            setattr(holder, name, values[name])
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
+
+
+@contextmanager
 def lasting() -> Iterator[None]:
     """Inside, what is made can be added to later, elsewhere: tensors made under ``inference_mode`` could not."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
-@contextmanager
-def parametrizations_computed_anew() -> Iterator[None]:
+def parametrizations_computed_anew() -> AbstractContextManager[None]:
     """Inside, nothing is taken from the cache of parametrizations, and nothing is put there."""
-    module: Any = parametrize
-    enabled, cache = module._cache_enabled, module._cache
-    module._cache_enabled, module._cache = 0, {}
-    try:
-        yield
-    finally:
-        module._cache_enabled, module._cache = enabled, cache
+    return assigned([parametrize], _cache_enabled=0, _cache={})
 
 
 @contextmanager

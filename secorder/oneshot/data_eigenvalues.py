@@ -13,12 +13,11 @@ from ..errors import InvalidArgumentError
 from ..layers.dtypes import compute_dtype
 from ..monitor.progress import progress_bar
 from .data_set import batches_of
-from .eigenvalues import Eigenvalues, Ends, blocks_of, lanczos_steps, nothing, restricted
+from .eigenvalues import Eigenvalues, Ends, lanczos_steps, nothing, restricted
 from .hessian.on_parameters import on_parameters
 from .loss_reduction import Kind, LossReduction
 from .measurement import Measurement
-from .operators import Blocks, Curvature, ProductOnParameters, operators
-from .trace import By
+from .operators import Blocks, By, Curvature, ProductOnParameters, blocks_of, operators
 
 #: Runs work on a batch.
 Measure = Callable[[Callable[[Measurement], Any], Any, Any], Any]

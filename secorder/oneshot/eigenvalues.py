@@ -14,8 +14,7 @@ from ..layers.dtypes import compute_dtype, rounding
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from .measurement import Measurement
-from .operators import Curvature, Operator, ProductInZ, ProductOnParameters, operators
-from .trace import By
+from .operators import By, Curvature, Operator, ProductInZ, ProductOnParameters, blocks_of, operators
 
 #: Which eigenvalues: those at both ends, the largest in modulus, the largest, the smallest.
 Which = Literal["both", "largest", "top", "bottom"]
@@ -89,8 +88,7 @@ def eigenvalues(task: Measurement, ends: Ends, *, of: Curvature, by: By) -> dict
         for layer, product in blocks:
             found |= _of_layer(task, layer, product, by, ends)
             advance(1)
-    order = {x.name if by == "layer" else x.parameter_name(y): 0 for x in task.layers for y in x.parameters}
-    return {name: found[name] for name in order}
+    return {name: found[name] for layer in task.layers for name in blocks_of(layer, by)}
 
 
 def _of_layer(task: Measurement, layer: Layer, product: Operator | None, by: By, ends: Ends) -> dict[str, Eigenvalues]:
@@ -127,18 +125,6 @@ def nothing(count: int, which: Which = "both") -> Eigenvalues:
     """Those of a zero."""
     zeros = [0.0] * count
     return Eigenvalues([] if which == "bottom" else zeros, zeros if which in ("both", "bottom") else [], 0.0, 0, True)
-
-
-def blocks_of(layer: Layer, by: By) -> dict[str, slice]:
-    """The blocks of a layer by name, and where their elements are among the layer's."""
-    sizes = layer.sizes()
-    if by == "layer":
-        return {layer.name: slice(0, sum(sizes))}
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    return {
-        layer.parameter_name(local): slice(start, start + size)
-        for local, start, size in zip(layer.parameters, starts, sizes, strict=True)
-    }
 
 
 def restricted(product: Operator, block: slice, size: int) -> Operator:

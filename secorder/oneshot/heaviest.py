@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._torch.memory import most_bytes
 from .hessian.budget import Budget
-from .hessian.estimate import Estimate, average
+from .hessian.estimate import Draw, Estimate, average, draws_for
 from .roots import Columns, Draws, First, Pairs, Root
 from .timing import TRIAL_SECONDS, now, seconds_of, seconds_per_product
 
@@ -83,7 +83,7 @@ def by_weight(
     half of the columns that are taken are the heaviest ones, and half are draws. Exact where draws would be no fewer
     than the columns that are left. With an ``rtol``, draws take no longer than ``seconds``.
     """
-    some = _exactly(root, budget) if budget.num_draws < root.num_columns else None
+    some = _exactly(root, budget)
     count = some.num_columns if some else 0
     draws = budget.num_draws - (0 if budget.rtol is not None else count)
     if count + draws >= root.num_columns:
@@ -92,11 +92,7 @@ def by_weight(
         return [Estimate(parts) for parts in values]
     exact = contract(some) if some else []
     advance(count)
-
-    def draw(number: int) -> list[Tensor]:
-        draws = [contract(Draws.of(root, 1, generator, without=some.order if some else None)) for _ in range(number)]
-        return [torch.stack(parts) for parts in zip(*(_joined(one) for one in draws), strict=True)]
-
+    draw = _drawing(root, contract, generator, some.order if some else None)
     known = exact or [[torch.zeros_like(v) for v in parts] for parts in contract(Draws.of(root, 1, generator))]
     sizes, flat = [len(parts) for parts in known], _joined(known)
     fewer = budget.fewer(count) if budget.rtol is None else budget
@@ -121,7 +117,7 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
     tell what the error is relative to.
     """
     start = now()
-    some = _exactly(root, budget) if budget.num_draws < root.num_columns else None
+    some = _exactly(root, budget)
     columns: Columns = root if some is None else some
     enough = columns.num_columns + budget.num_draws >= root.num_columns
     exact = root.num_columns if enough else 0 if some is None else some.num_columns
@@ -137,10 +133,6 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
     if enough:
         return Forecast(exact, seconds, num_bytes, now() - start)
     without = None if some is None else some.order
-
-    def drawn(number: int, without: Tensor | None) -> list[list[Tensor]]:
-        return [_joined(contract(Draws.of(root, 1, generator, without=without))) for _ in range(number)]
-
     made: list[list[list[Tensor]]] = []
 
     def first() -> None:
@@ -152,30 +144,31 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
     zero, sizes = [torch.zeros_like(v) for v in _joined(made[0])], [len(parts) for parts in made[0]]
 
     def spread(without: Tensor | None) -> list[Estimate]:
-        def draw(number: int) -> list[Tensor]:
-            return [torch.stack(parts) for parts in zip(*drawn(number, without), strict=True)]
-
+        draw = _drawing(root, contract, generator, without)
         return average(draw, zero, pilot, 1, lambda _: None).split(sizes, pilot)
 
     rests: list[Estimate] = []
     by_draw = seconds_of(lambda: rests.extend(spread(without))) / tried
     wanted = float(budget.num_draws)
     for rest, whole in zip(rests, spread(None), strict=True):
-        error, own, norm = (_norm(parts) for parts in (rest.errors, whole.errors, whole.values))
-        known = norm**2 - own**2  # the errors of what was drawn are in it
-        if error and budget.rtol is not None:
-            wanted = max(wanted, tried * error**2 / known / budget.rtol**2 if known > 0 else math.inf)
+        wanted = max(wanted, draws_for(budget, tried, rest.errors, whole))
     draws = math.ceil(min(wanted, budget.max_draws))
     return Forecast(exact + draws, seconds + draws * by_draw, num_bytes, now() - start)
 
 
-def _norm(parts: Sequence[Tensor]) -> float:
-    return float(torch.cat([v.flatten() for v in parts]).double().norm())
+def _drawing(root: Root, contract: Contraction, generator: torch.Generator, without: Tensor | None) -> Draw:
+    """Draws of what is asked for, of all layers in one list, beside some columns of each sample."""
+
+    def draw(number: int) -> list[Tensor]:
+        made = [_joined(contract(Draws.of(root, 1, generator, without=without))) for _ in range(number)]
+        return [torch.stack(parts) for parts in zip(*made, strict=True)]
+
+    return draw
 
 
 def _exactly(root: Root, budget: Budget) -> Heaviest | None:
-    """The columns that are not drawn."""
-    if root.weights is None:
+    """The columns that are not drawn; None where all are, or none."""
+    if root.weights is None or budget.num_draws >= root.num_columns:
         return None
     if budget.rtol is not None:
         found = heaviest(root, budget.rtol)

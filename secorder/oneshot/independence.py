@@ -5,7 +5,7 @@ that for every ordered pair of samples some set holds the second and not the fir
 another shows unless it is below rounding for the very replacement.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import combinations, islice
 from math import comb
@@ -57,22 +57,31 @@ def outputs_independent(
     if count > 2 and _places_exchanged(run, inputs, base, count, sample_dim):
         return True
     in_order = False
+
+    def replaced(mask: Tensor) -> Any:
+        return map_tensors(partial(with_neighbours, mask, count, sample_dim, in_order=in_order), inputs)
+
     for mask in separating_masks(count):
         try:
-            found = without_gradients(run, _replaced(mask, inputs, count, sample_dim, in_order=in_order))
+            found = without_gradients(run, replaced(mask))
         except Exception:  # of the model: samples may not stand in any order
             if in_order:
                 raise
             in_order = True
-            found = without_gradients(run, _replaced(mask, inputs, count, sample_dim, in_order=True))
-        for before, after in zip(base, tensors_in(found), strict=True):
-            dim = sample_dimension(before, count, sample_dim)
-            if dim is None or not (before.is_floating_point() or before.is_complex()):
-                continue
+            found = without_gradients(run, replaced(mask))
+        for before, after, dim in _placed(base, found, count, sample_dim):
             kept = ~mask.to(before.device)
-            if bool(changed_entries(before, after.detach()).movedim(dim, 0)[kept].any()):
+            if bool(changed_entries(before, after).movedim(dim, 0)[kept].any()):
                 return False
     return True
+
+
+def _placed(base: Sequence[Tensor], found: Any, count: int, sample_dim: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Of output tensors that hold numbers of samples what they were, what they are, and the samples' dimension."""
+    for before, after in zip(base, tensors_in(found), strict=True):
+        dim = sample_dimension(before, count, sample_dim)
+        if dim is not None and (before.is_floating_point() or before.is_complex()):
+            yield before, after.detach(), dim
 
 
 def exchange(inputs: Any, count: int, sample_dim: int) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
@@ -104,12 +113,9 @@ def _places_exchanged(
         found = without_gradients(run, map_tensors(exchanged, inputs))
     except Exception:  # of the model: of what must be in order
         return False
-    for before, after in zip(base, tensors_in(found), strict=True):
-        dim = sample_dimension(before, count, sample_dim)
-        if dim is None or not (before.is_floating_point() or before.is_complex()):
-            continue
+    for before, after, dim in _placed(base, found, count, sample_dim):
         expected = before.index_select(dim, order.to(before.device))
-        if expected.shape != after.shape or bool(changed_entries(expected, after.detach()).any()):
+        if expected.shape != after.shape or bool(changed_entries(expected, after).any()):
             return False
     return True
 
@@ -203,10 +209,6 @@ def _largest(by_sample: Tensor) -> Tensor:
     if not by_sample.numel():
         return by_sample.new_zeros(len(by_sample))
     return by_sample.amax(behind) if behind else by_sample
-
-
-def _replaced(mask: Tensor, inputs: Any, count: int, sample_dim: int, *, in_order: bool) -> Any:
-    return map_tensors(partial(with_neighbours, mask, count, sample_dim, in_order=in_order), inputs)
 
 
 def with_neighbours(mask: Tensor, count: int, sample_dim: int, tensor: Tensor, *, in_order: bool = False) -> Tensor:

@@ -27,6 +27,7 @@ from .._torch.modules import (
     buffer_places,
     forward_hooks,
     gradient_hooks_removed,
+    holding,
     hooks_on_all_modules,
     is_scripted,
     modules_in,
@@ -39,7 +40,7 @@ from .._torch.own_hooks import added_hooks_removed, is_own
 from .._torch.pytree import call_model, map_tensors, once_each, tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state, set_random_state
 from .._torch.sparse import dense_gradients
-from .._torch.surroundings import function_modes
+from .._torch.surroundings import assigned, function_modes
 from .._torch.views import cloned
 from .._torch.vjp import gradients
 from ..layers.selection import Layer
@@ -218,18 +219,19 @@ def isolate(
             stack.enter_context(CompositeNorms())
         if loss_fn is not None:  # else in training, where another thread's backward may be accumulating
             stack.enter_context(gradients_put_aside(held))
-        stack.enter_context(_differentiable(parameters.values()))
+        stack.enter_context(gradient_hooks_removed(parameters.values()))
+        stack.enter_context(assigned([p for p in parameters.values() if not p.requires_grad], requires_grad=True))
         replacements: dict[int, Tensor] = {
             key: p if key in themselves else _as_leaf(p) for key, p in parameters.items()
         }
         usable = replacements | _usable(held, replacements)
         places = [place for m in everything.values() for place in parameter_places(m)]
-        stack.enter_context(_holding([(x, usable[id(x.value)]) for x in places if id(x.value) in usable]))
+        stack.enter_context(holding([(x, usable[id(x.value)]) for x in places if id(x.value) in usable]))
         buffers = [place for m in everything.values() for place in buffer_places(m)]
         stack.callback(put_back, buffers)
         stack.enter_context(dense_gradients(everything.values()))
         originals = [p for key, p in parameters.items() if key not in themselves]
-        stack.enter_context(_holding(_copies_of_tables(everything.values())))
+        stack.enter_context(holding(_copies_of_tables(everything.values())))
         tensors = [*(t for m in whole for t in own_tensors(m)), *replacements.values()]
         own, of_code = State(modules, tensors), _state_of_code(modules, tensors)
         stack.callback(_restore_modes, [(m, m.training) for m in modules])
@@ -265,7 +267,7 @@ def _isolated_function(model: nn.Module, layers: Sequence[Layer], *, create_grap
             stack.enter_context(gradient_hooks_removed(parameters.values()))
         if replaced:
             places = [place for m in modules_in(model) for place in parameter_places(m)]
-            stack.enter_context(_holding([(x, replaced[id(x.value)]) for x in places if id(x.value) in replaced]))
+            stack.enter_context(holding([(x, replaced[id(x.value)]) for x in places if id(x.value) in replaced]))
         yield IsolatedModel(model, parameters | replaced, [], lambda _: None, ambient, pure=True)
 
 
@@ -337,20 +339,6 @@ def gradients_put_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
                 p.grad = grad
 
 
-@contextmanager
-def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Frozen parameters too require a gradient, and what hangs on the parameters for theirs does not run."""
-    frozen = [p for p in parameters if not p.requires_grad]
-    with gradient_hooks_removed(parameters):
-        try:
-            for p in frozen:
-                p.requires_grad_(True)
-            yield
-        finally:
-            for p in frozen:
-                p.requires_grad_(False)
-
-
 def _restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
     for module, training in modes:
         if module.training is not training:
@@ -365,14 +353,3 @@ def _copies_of_tables(modules: Iterable[nn.Module]) -> list[tuple[Place, Tensor]
         if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
         for place in parameter_places(m)
     ]
-
-
-@contextmanager
-def _holding(values: Sequence[tuple[Place, Tensor]]) -> Iterator[None]:
-    """Inside, other tensors are held in some places of modules."""
-    try:
-        for place, value in values:
-            place.put(value)
-        yield
-    finally:
-        put_back(place for place, _ in values)

@@ -36,12 +36,7 @@ _ROW_BY_ROW = frozenset({
 
 def loss_of_rows(loss_fn: Any) -> bool:
     """Whether a loss is by its definition made of losses of the rows of the outputs, for rows in dim 0."""
-    if not known_loss(loss_fn):
-        return False
-    loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
-    while isinstance(loss_fn, partial):
-        loss_fn = loss_fn.func
-    return (type(loss_fn).__name__ if isinstance(loss_fn, nn.Module) else loss_fn.__name__) in _ROW_BY_ROW
+    return known_loss(loss_fn) and _options(loss_fn)[1] in _ROW_BY_ROW
 
 
 #: Those of them that compare outputs with targets element by element.

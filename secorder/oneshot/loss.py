@@ -4,7 +4,6 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +101,7 @@ def losses(model: nn.Module, loss_fn: Any, batches: Iterable[tuple[Any, Any]]) -
     with isolate(model, loss_fn, []) as isolated:
         for x, t in batches:
             with explains_missing_targets(x, t):
-                value = without_gradients(partial(_loss_of_batch, isolated, on_copies(loss_fn), t), x)
+                value = without_gradients(lambda x: on_copies(loss_fn)(isolated.forward(x), t), x)  # noqa: B023
             found.append(check_loss(value, isolated, x).detach())
     return torch.stack(found)
 
@@ -125,10 +124,6 @@ def losses_and_gradients(
                 loss = check_loss(on_copies(loss_fn)(isolated.forward_in_full_precision(x), t), isolated, x)
             found.append(LossAndGradient.of(loss, replacements))
     return found
-
-
-def _loss_of_batch(isolated: IsolatedModel, loss_fn: Any, targets: Any, inputs: Any) -> Any:
-    return loss_fn(isolated.forward(inputs), targets)
 
 
 def _first_non_finite(isolated: IsolatedModel, inputs: Any) -> str:

@@ -38,6 +38,9 @@ __all__ = ["operators"]
 #: Which curvature: of the loss as given, its generalised Gauss-Newton part (the type-2 Fisher), the empirical Fisher.
 Curvature = Literal["hessian", "ggn", "fisher"]
 
+#: What a block is made of: a layer's parameters together, or one parameter.
+By = Literal["layer", "parameter"]
+
 #: A layer's block times a flat vector.
 Operator = Callable[[Tensor], Tensor]
 
@@ -48,6 +51,18 @@ Blocks = Generator[tuple[Layer, Operator | None], None, None]
 def operators(task: Measurement, of: Curvature) -> Blocks:
     """Each layer with its block as an operator, None where that is zero; to be used while iterated over, and closed."""
     return _hessian_operators(task) if of == "hessian" else _output_operators(task, of)
+
+
+def blocks_of(layer: Layer, by: By) -> dict[str, slice]:
+    """The blocks of a layer by name, and where their elements are among the layer's."""
+    sizes = layer.sizes()
+    if by == "layer":
+        return {layer.name: slice(0, sum(sizes))}
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return {
+        layer.parameter_name(local): slice(start, start + size)
+        for local, start, size in zip(layer.parameters, starts, sizes, strict=True)
+    }
 
 
 def _hessian_operators(task: Measurement) -> Blocks:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from .._torch.modules import Place, parameter_places, put_back
 from .._torch.onednn import linear_by_onednn
 from .._torch.own_hooks import outputs_seen
 from .._torch.pytree import map_tensors, tensors_in
-from .._torch.surroundings import inside_transform
+from .._torch.surroundings import assigned, inside_transform
 from .._torch.versions import same_memory, version
 from .._torch.views import is_view
 from .._torch.vjp import gradients, placeholder
@@ -36,33 +36,16 @@ class Recording:
         self.inputs: dict[str, list[tuple[Tensor, ...]]] = {}  #: by layer, the input tensors of each call
         self.leaves: dict[str, list[Tensor]] = {}  #: by layer, the leaf ε of each call
         self.versions: list[tuple[str, Tensor, int]] = []  #: recorded inputs, to find those that are overwritten later
-        #: which layers the model took a derivative through itself (``torch.autograd.grad`` or a ``torch.func``
-        #: transform inside of a forward or loss): their parameters then act not only through z
-        self.watch = _Watch()
+        self.watch = _Watch()  #: whether calls are still recorded, and which layers the model differentiates itself
         #: layers that were called with other parameters than their own, which may be made of these
         self.with_others: set[str] = set()
         self.without_graph: set[str] = set()  #: layers that were called where no gradients were wanted
         self.hidden: set[str] = set()  #: layers of these that ran again, with gradients, inside of a backward pass
         self.pauses = False  #: whether forwards run that are not to be recorded
 
-    @property
-    def open(self) -> bool:
-        """Whether calls are still recorded."""
-        return self.watch.open
-
-    @property
-    def differentiated(self) -> set[str]:
-        """Layers through which the model took a derivative itself."""
-        return self.watch.differentiated
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Inside, forwards run as they are, also where a checkpoint runs them again in their backward passes."""
-        self.pauses = True
-        try:
-            yield
-        finally:
-            self.pauses = False
+        return assigned([self], pauses=True)
 
     def close(self) -> None:
         """The forward and the loss ran: what is differentiated, or called, from now on is work of ours."""
@@ -74,7 +57,7 @@ class Recording:
         Their input is overwritten after the call, or they are differentiated inside, or called with other parameters.
         """
         overwritten = {name for name, tensor, before in self.versions if version(tensor) != before}
-        return overwritten | self.differentiated | self.with_others
+        return overwritten | self.watch.differentiated | self.with_others
 
     def require_seen(self, loss: Tensor) -> None:
         """Raise if a layer ran without a graph, and runs again with one inside of the loss's whole backward pass.
@@ -98,7 +81,9 @@ class _Watch:
     """
 
     def __init__(self) -> None:
-        self.open = True
+        self.open = True  #: whether calls are still recorded
+        #: which layers the model took a derivative through itself (``torch.autograd.grad`` or a ``torch.func``
+        #: transform inside of a forward or loss): their parameters then act not only through z
         self.differentiated: set[str] = set()
 
     def seen(self, name: str, _: Tensor) -> None:
@@ -134,7 +119,7 @@ def recorded(isolated: IsolatedModel, layers: Sequence[Layer], *, own_parameters
     except (SecorderError, ReplacementsBypassed, LossOverwrites):
         raise
     except Exception as error:
-        if recording.open and any(tap.places for tap in taps):
+        if recording.watch.open and any(tap.places for tap in taps):
             raise RecordingFailed from error
         raise
     finally:
@@ -219,7 +204,7 @@ class _Tap:
 
     def idle(self) -> bool:
         """Whether the calls are of no interest any more: such as those of a loss that is computed once more."""
-        return self.recording.pauses or (not self.recording.open and not self.recomputing())
+        return self.recording.pauses or (not self.recording.watch.open and not self.recomputing())
 
     def before(self, module: nn.Module, _: Any) -> None:
         """Detached parameters take the place of the replacement parameters."""
@@ -247,13 +232,13 @@ class _Tap:
                 recording.with_others.add(name)
             for place, value in zip(self.places, self.displaced.pop(), strict=True):
                 place.put(value)
-        if not recording.open and not torch.is_grad_enabled():
+        if not recording.watch.open and not torch.is_grad_enabled():
             return None  # a forward whose outputs alone are looked at
         leaves: list[Tensor] = []
         if not self.recomputing():  # a checkpoint recomputes in backward what is recorded already
             leaves = recording.leaves.setdefault(name, [])
         if inside_transform():
-            recording.differentiated.add(name)
+            recording.watch.differentiated.add(name)
             return None
         if not torch.is_grad_enabled():
             recording.without_graph.add(name)

@@ -2,24 +2,20 @@
 
 import time
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .._torch.pytree import tensors_in
 from ..results import brief
-from .fisher import fisher_diagonal
-from .ggn_estimates import ggn_estimates
+from .fisher import fisher_diagonal, fisher_means
+from .fisher_by_weight import ByWeight
 from .hessian.budget import Budget
 from .hessian.estimate import ENOUGH, Estimate
 from .hessian.output_draws import Reduce, reduced
 from .hessian.run import carry_out
 from .measurement import Measurement
-from .operators import Curvature
-
-#: What a block is made of: a layer's parameters together, or one parameter.
-By = Literal["layer", "parameter"]
+from .operators import By, Curvature, blocks_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: 
     if of == "hessian":
         estimates = {name: o.estimate for name, o in carry_out(task, budget, sums(by)).items()}
     elif of == "ggn" and (budget.method == "hutchinson" or _takes_long(task, budget)):
-        estimates = ggn_estimates(task, budget, sums(by))
+        estimates = _of_ggn(task, budget, sums(by))
     else:
         diagonals = fisher_diagonal(task, "type-2" if of == "ggn" else "empirical")
         estimates = {
@@ -61,10 +57,22 @@ def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: 
     found = {}
     for layer in task.layers:
         estimate = estimates[layer.name]
-        names = [layer.name] if by == "layer" else [layer.parameter_name(local) for local in layer.parameters]
-        for index, name in enumerate(names):
+        for index, name in enumerate(blocks_of(layer, by)):
             found[name] = _trace(estimate, index, budget)
     return found
+
+
+def _of_ggn(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Estimate]:
+    """Of the GGN, by draws on the outputs: exact where there are no more outputs than draws, else unbiased estimates.
+
+    With S a root of the loss's Hessian in the outputs, ``E[(Jᵀ S v)²]`` for random signs v on its columns: a draw takes
+    one vector-Jacobian product for all layers together. The heaviest columns of each sample are taken exactly
+    (:mod:`.heaviest`).
+    """
+    weighted = ByWeight(budget, reduce)
+    found = fisher_means(task, "type-2", 1, weighted)
+    exact = {name: values for name, (values, _) in found.items() if name not in weighted.estimates}
+    return weighted.estimates | {name: Estimate(reduced(reduce, values)) for name, values in exact.items()}
 
 
 def _takes_long(task: Measurement, budget: Budget) -> bool:

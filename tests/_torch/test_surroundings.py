@@ -1,5 +1,6 @@
 """What surrounds a call sees nothing of passes of our own."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -8,6 +9,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from secorder._torch.surroundings import (
+    assigned,
     attention_kernels,
     inside_transform,
     lasting,
@@ -35,6 +37,19 @@ def test_hooks_on_saved_tensors_and_modes_are_put_aside_and_back() -> None:
             pass
         x.mm(x)
     assert [name for name, _ in saved] == ["inner"] * 2 + ["outer"] * 2
+
+
+def test_attributes_have_their_values_again_after_an_exception() -> None:
+    layers = [nn.Linear(1, 1), nn.Linear(1, 1).eval()]
+
+    def fails() -> None:
+        with assigned(layers, training=False, in_features=3):
+            assert not any(layer.training for layer in layers)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert [(layer.training, layer.in_features) for layer in layers] == [(True, 1), (False, 1)]
 
 
 def test_nothing_is_taken_from_the_cache_of_parametrizations_or_put_there() -> None:

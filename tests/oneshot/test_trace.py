@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from secorder import per_layer_fisher_diagonal, per_layer_hessian_diagonal
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.trace import traces
 
-from ..helpers import data, make, measured, mlp
+from ..helpers import data, make, measured, mlp, seed, seeded
 
 
 @pytest.mark.parametrize("by", ["layer", "parameter"])
@@ -61,3 +62,39 @@ def test_draws_tell_their_number_and_whether_they_sufficed() -> None:
     assert many.converged
     assert many.standard_error <= 0.02 * abs(many.value)
     assert many.num_draws > 16
+
+
+def test_a_drawn_ggn_is_unbiased_and_tells_its_error() -> None:
+    """On the outputs, for layers with a rule, for operations and for what is left; the head is exact."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x * self.scale)
+
+    seed()
+    model = nn.Sequential(Scaled(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 40))
+    batch = torch.randn(5, 4), torch.randint(40, (5,))
+    exact = measured(lambda task: traces(task, Budget("exact"), of="ggn", by="parameter"), model, batch)
+    draws = [
+        measured(
+            lambda task: traces(task, Budget("hutchinson", 12), of="ggn", by="parameter"),
+            model,
+            batch,
+            generator=seeded(k),
+        )
+        for k in range(80)
+    ]
+    for name, told in exact.items():
+        if name.startswith("3"):
+            assert draws[0][name].num_draws == 0
+            assert draws[0][name].value == pytest.approx(told.value, rel=1e-5)
+            continue
+        values = torch.tensor([d[name].value for d in draws])
+        errors = torch.tensor([d[name].standard_error for d in draws])
+        assert {d[name].num_draws for d in draws} == {6}
+        assert abs(values.mean() - told.value) < 4 * values.std() / len(draws) ** 0.5
+        assert 0.5 < errors.square().mean() / values.var() < 2.0

@@ -52,6 +52,18 @@ class Estimate:
         return found
 
 
+def draws_for(budget: Budget, made: int, errors: Sequence[Tensor], whole: Estimate) -> float:
+    """How many draws bring errors, which so many left, down to ``rtol`` of values that were drawn themselves."""
+    error, own, norm = (
+        float(torch.cat([v.flatten() for v in x]).double().norm()) if x else 0.0
+        for x in (errors, whole.errors, whole.values)
+    )
+    known = norm**2 - own**2  # the errors of what was drawn are in it
+    if not error or budget.rtol is None:
+        return 0.0
+    return made * error**2 / (known * budget.rtol**2) if known > 0 else math.inf
+
+
 def average(
     draw: Draw,
     like: Sequence[Tensor],

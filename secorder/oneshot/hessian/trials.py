@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from ..._torch.vjp import default_chunk_size
@@ -30,7 +29,7 @@ from . import column_draws, columns, deflation, output_basis, output_draws, para
 from .budget import Budget
 from .chain import seconds_of_chain
 from .choice import EXACT, ExactModule, cheapest, seconds_of_draws
-from .estimate import Estimate
+from .estimate import Estimate, draws_for
 from .facts import Facts
 from .investigate import Findings, along_chain, differentiate, verify_samples
 from .layer_graph import LayerGraph, OutputSide
@@ -335,9 +334,7 @@ def _seconds_of_draws(work: _Draws, budget: Budget, limit: float, allowance: flo
     worst = max(told, key=lambda estimate: estimate.relative_error)
     if not worst.errors:
         return by_draw, seconds
-    error, norm = (torch.cat([v.flatten() for v in x]).double().norm().item() for x in (worst.errors, worst.values))
-    known = norm**2 - error**2  # the errors of what was drawn are in it
-    wanted = worst.num_draws * error**2 / (known * budget.rtol**2) if known > 0 else math.inf
+    wanted = draws_for(budget, worst.num_draws, worst.errors, worst)
     wanted = max(budget.num_draws, worst.num_draws if worst.converged else min(budget.max_draws, wanted))
     return by_draw, seconds + min(max(0.0, wanted - worst.num_draws) * by_draw, max(0.0, limit - seconds))
 

@@ -224,7 +224,7 @@ def _attribute(
             graph = ForwardGraph(output, options, hypothesis.num_samples, hooked, leaves)
             inside = [x for x in layers if x.enclosing is not model]
             outside = set() if ranks is not None else uses_outside(isolated, layers, graph.users)
-            outside |= {x.name for x in inside if x.name in recording.differentiated}
+            outside |= {x.name for x in inside if x.name in recording.watch.differentiated}
             found = rows_of_layers(seen, layers, asked.arguments, forward, hypothesis, graph, ranks)
             if found is None:
                 return Attribution(dims=hypothesis.dims, coupled=True, changing=changing), None
