@@ -21,6 +21,7 @@ from ._arguments import (
 )
 from ._caution import caution
 from ._keywords import refuses_renamed_keywords
+from ._torch.fsdp import sharded_by_gathered
 from ._torch.random_state import random_state_kept
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
@@ -313,7 +314,9 @@ class CurvatureProbe:
         """The parameters of each measured layer, as they are in the model now; of those that still are in it."""
         now = dict(self._model.named_modules(remove_duplicate=False))
         inside = [layer for layer in self._layers if now.get(layer.name) is layer.module]
-        return {layer.name: tuple(present(layer).parameters.values()) for layer in inside}
+        gathered = {} if self._ranks is None else sharded_by_gathered(self._model)
+        held = {layer.name: present(layer).parameters.values() for layer in inside}
+        return {name: tuple(gathered.get(id(p), p) for p in parameters) for name, parameters in held.items()}
 
     @property
     def decay(self) -> float | None:

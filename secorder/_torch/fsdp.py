@@ -1,5 +1,6 @@
 """FSDP2 (``fully_shard``): the modules that it manages, the hooks that it puts on them, and a rank's own part."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -28,12 +29,28 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
 
 def fsdp_mesh_dims(model: nn.Module) -> dict[int, int]:
     """By ``id`` of a parameter that FSDP2 shards, how many dimensions of its mesh (the first ones) are FSDP2's own."""
-    found = {}
+    return {id(held.sharded_param): held.mesh_info.mesh.ndim for held in _held(model)}
+
+
+def sharded_by_gathered(model: nn.Module) -> dict[int, nn.Parameter]:
+    """By ``id`` of a whole parameter that FSDP2 puts in a sharded one's place for a while, the sharded one."""
+    whole = ((getattr(held, "_unsharded_param", None), held.sharded_param) for held in _held(model))
+    return {id(gathered): sharded for gathered, sharded in whole if gathered is not None}
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 take its shards back where it has left whole parameters: passes of our own would free them."""
     for module in fsdp_modules(model):
-        group = module._get_fsdp_state()._fsdp_param_group
-        for held in () if group is None else group.fsdp_params:
-            found[id(held.sharded_param)] = held.mesh_info.mesh.ndim
-    return found
+        module.reshard()
+
+
+def _held(model: nn.Module) -> Iterator[Any]:
+    """What FSDP2 keeps of each parameter that it shards."""
+    for module in fsdp_modules(model):
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)  # one at most before PyTorch 2.12
+        for group in filter(None, [state._fsdp_param_group] if groups is None else groups):
+            yield from group.fsdp_params
 
 
 def is_fsdp_hook(hook: Any) -> bool:

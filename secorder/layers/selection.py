@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .._arguments import shown
+from .._torch.collectives import has_ranks
 from .._torch.differentiability import can_be_trained
-from .._torch.fsdp import fsdp_mesh_dims
+from .._torch.fsdp import fsdp_mesh_dims, sharded_by_gathered
 from .._torch.modules import (
     holds,
     is_scripted,
@@ -119,6 +120,9 @@ def select_layers(
             "(model.module) on one device, or use DistributedDataParallel."
         )
     chosen = _choose(named, layer_types, layers)
+    if gathered := sharded_by_gathered(model) if has_ranks() else {}:  # evaluation may have left them whole
+        for _, parameters in chosen.values():
+            parameters.update({local: gathered.get(id(p), p) for local, p in parameters.items()})
     owners = Counter(id(p) for _, parameters in chosen.values() for p in parameters.values())
     readers, special = read_elsewhere(named.values()), _special_tables(named)
     distributed = any(is_distributed(p) for _, parameters in chosen.values() for p in parameters.values())

@@ -9,6 +9,7 @@ from torch import nn
 
 from .._caution import caution
 from .._torch.autocast import no_autocast
+from .._torch.fsdp import reshard
 from .._torch.modules import backward_hooks_removed, modules_in
 from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
@@ -109,6 +110,7 @@ class Attributions:
         before = known.get(ranks) or next((x for x in reversed(known.values()) if not (x.undecided or x.coupled)), None)
         if before is not None and before.provisional:
             before = None
+        reshard(self._model)
         # The user's backward hooks are for the user's backward.
         with (
             backward_hooks_removed(self._model.modules()),

@@ -6,6 +6,7 @@ Layers that are trained only since then are not recorded, which is said.
 from dataclasses import replace
 from operator import attrgetter
 
+from .._torch.fsdp import sharded_by_gathered
 from .._torch.modules import constant_in_place_of, held_parameter, parameter_table
 from ..errors import InvalidArgumentError
 from ..layers.selection import Layer
@@ -24,6 +25,7 @@ def refresh(fisher: OnlineFisher, attributions: Attributions) -> bool:
         fisher.troubles.saw("no gradient")
         return False
     fisher.held, changed = None, False
+    gathered = {} if fisher.ranks is None else sharded_by_gathered(fisher.model)
     meta, computed = [], []
     for index, layer in enumerate(fisher.layers):
         same, on_meta = True, False
@@ -33,7 +35,7 @@ def refresh(fisher: OnlineFisher, attributions: Attributions) -> bool:
         if not same:
             now = dict(layer.module.named_parameters(remove_duplicate=False))
             shapes = {name: p.shape for name, p in layer.parameters.items()}
-            found = {name: now[name] for name in shapes if name in now}
+            found = {name: gathered.get(id(now[name]), now[name]) for name in shapes if name in now}
             if {name: p.shape for name, p in found.items()} != shapes:
                 fisher.troubles.mark(
                     [layer.name],
@@ -43,8 +45,10 @@ def refresh(fisher: OnlineFisher, attributions: Attributions) -> bool:
             if not all(p.is_leaf for p in found.values()):
                 computed.append(layer.name)
                 continue
-            layer = fisher.layers[index] = replace(layer, parameters=found)
-            changed, on_meta = True, any(p.is_meta for p in found.values())
+            if any(found[name] is not p for name, p in layer.parameters.items()):
+                layer = fisher.layers[index] = replace(layer, parameters=found)
+                changed = True
+            on_meta = any(p.is_meta for p in found.values())
         if on_meta:
             meta.append(layer.name)
     if changed:

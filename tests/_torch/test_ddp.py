@@ -66,3 +66,22 @@ def test_what_a_wrapper_hands_on_hides_nothing_of_the_loss(mesh: Any, options: A
         F.cross_entropy(wrapper(batch[0]), batch[1]).backward()
         with pytest.raises(AttributionError, match='reduction="mean"'):
             probe.fisher_diagonal()
+
+
+def test_what_is_replicated_by_its_first_call_is_so_by_the_users_own(mesh: Any) -> None:
+    from torch.distributed._composable.replicate import replicate
+
+    model, batch, gradients = replicate(make()), data(), []
+    replicate.state(model)._comm_hook_args.append(((None, lambda _, bucket: _seen(gradients, bucket)), {}))
+    with CurvatureProbe(model, reduction="mean") as probe:
+        for number in range(1, 4):
+            step(model, batch)
+            assert len(gradients) == number
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(make(), batch))
+
+
+def _seen(gradients: list[Tensor], bucket: Any) -> torch.futures.Future[Tensor]:
+    gradients.append(bucket.buffer())
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done

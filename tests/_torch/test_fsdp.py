@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 from torch import nn
 
-from secorder._torch.fsdp import fsdp_mesh_dims, fsdp_modules, is_fsdp_hook
+from secorder._torch.fsdp import fsdp_mesh_dims, fsdp_modules, is_fsdp_hook, sharded_by_gathered
 from secorder._torch.modules import forward_hooks
 
 
@@ -39,3 +39,7 @@ def test_modules_and_hooks_are_found() -> None:
     hooks = forward_hooks(model[0])
     assert [is_fsdp_hook(hook) for hook in hooks].count(False) == 1
     assert any(is_fsdp_hook(hook) for hook in hooks)
+    sharded, weight = dict(model[0].named_parameters()), model[0].weight
+    model[0].unshard()
+    assert model[0].weight is not weight
+    assert sharded_by_gathered(model) == {id(p): sharded[name] for name, p in model[0].named_parameters()}

@@ -100,6 +100,45 @@ def test_a_loss_that_is_not_as_told_is_seen_of_shards_as_of_whole_parameters(alo
             probe.fisher_diagonal()
 
 
+@pytest.mark.parametrize("accumulate", ["diagonal", "trace"])
+@pytest.mark.parametrize(("each", "again"), [(True, False), (False, False), (True, True), (False, True)])
+def test_parameters_that_stay_whole_for_a_while(mesh: Any, each: bool, again: bool, accumulate: Any) -> None:
+    """After evaluation, or a backward that is not the step's last one, parameters are there in their shards' places."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    model, batch = make(), data()
+    for module in (model[0], model[2], model) if each else (model,):
+        fully_shard(module, mesh=mesh, reshard_after_forward=again)
+    with torch.no_grad():
+        model(batch[0])
+    for module in model:
+        if again and isinstance(module, FSDPModule):
+            module.unshard()
+    model.unshard()
+    assert not is_distributed(model[0].weight)
+    with CurvatureProbe(model, reduction="mean", accumulate=accumulate) as probe:
+        for last in (False, True, False):
+            model.set_reshard_after_backward(last)
+            step(model, batch)
+            assert is_distributed(model[0].weight) == last
+            for loaded in (False, True):
+                if loaded:
+                    probe.load_state_dict(probe.state_dict())
+                if accumulate == "diagonal":
+                    assert_all_close(
+                        {n: whole(f) for n, f in probe.fisher_diagonal().by_parameter().items()},
+                        reference(make(), batch),
+                    )
+            assert all(trace.value > 0 for trace in probe.fisher_trace().values())
+            assert all(is_distributed(p) for group in probe.layer_parameters.values() for p in group)
+            if not again:
+                with torch.no_grad():
+                    model(batch[0])
+        probe.reset()
+        step(model, batch)
+        assert probe.num_samples == len(batch[0])
+
+
 def test_shards_and_sums(alone: nn.Sequential) -> None:
     weight = alone[0].weight
     (layer, _) = select_layers(alone)
