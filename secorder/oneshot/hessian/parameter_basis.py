@@ -56,5 +56,6 @@ def run(
         found = stacked_vjp(output_gradients, replacements, vectors, create_graph=task.create_graph)
         joined = torch.cat([u.reshape(len(u), -1).to(kind) for u in found], 1)
         diagonal.append(joined[range(len(ids)), list(ids)])
+        del flat, vectors, found, joined  # before there are the next
         advance(len(ids))
     return [torch.cat(diagonal)] if limit else list(torch.cat(diagonal).split(sizes))
