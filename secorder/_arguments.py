@@ -15,6 +15,9 @@ from .errors import InvalidArgumentError, InvalidTypeError
 #: Characters of a value that a message shows.
 SHOWN = 100
 
+#: Names that a message lists.
+LISTED = 6
+
 
 def shown(value: Any) -> str:
     """A value in a sentence: on one line, and what has a shape by that."""
@@ -23,6 +26,12 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__} of shape {tuple(shape)}"
     text = " ".join(repr(value).split())
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: of many, the first of them and how many there are."""
+    some = ", ".join(map(repr, names[:LISTED]))
+    return some if len(names) <= LISTED else f"{some}, … ({len(names)} in all)"
 
 
 def like(unknown: str, known: Iterable[str]) -> str:

@@ -702,7 +702,7 @@ class CurvatureProbe:
             refuse_given(reason, num_draws=num_draws, rtol=rtol, max_draws=max_draws, max_hvps=max_hvps)
         hessian = self._measure(partial(hessian_diagonal, budget=budget), loss_fn, inputs, targets, **options)
         if method == "auto":
-            warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
+            warn_if_estimated(hessian.info)
         warn_if_not_finite(hessian, "Hessian")
         warn_if_inexact(self._layers)
         return hessian
@@ -768,7 +768,7 @@ class CurvatureProbe:
         options = {"by_sample": of != "hessian", **_options(generator, chunk_size, progress)}
         found = self._measure(partial(traces, budget=budget, of=of, by=by), loss_fn, inputs, targets, **options)
         if method == "auto":
-            warn_if_estimated({name: trace.num_draws for name, trace in found.items()})
+            warn_if_estimated(found)
         if of == "hessian":
             warn_if_inexact(self._layers)
         return found

@@ -95,6 +95,8 @@ class LayerInfo:
     num_batches: int = 1
     measured_by: MeasuredBy = ""
 
+    __repr__ = brief
+
 
 def relative_error(values: Sequence[Tensor], errors: Sequence[Tensor]) -> float:
     """``‖standard error‖ / ‖values‖`` of a layer; 0 where both vanish."""
@@ -257,9 +259,7 @@ class Diagonals(dict[str, Tensor]):
         elif other._parameters == self._parameters:
             infos = {name: [self.info[name], other.info[name]] for name in self}
         else:
-            raise InvalidArgumentError(
-                f"these diagonals are of other layers or shapes: {list(self)} here, {list(other)} there."
-            )
+            raise InvalidArgumentError("these diagonals are of other layers or shapes: measure the same layers.")
         errors = None
         if self.standard_error is not None or other.standard_error is not None:
             mine = self.standard_error or {name: torch.zeros_like(d) for name, d in self.items()}

@@ -9,6 +9,7 @@ from torch import nn
 
 from secorder import InvalidArgumentError, InvalidTypeError
 from secorder._arguments import (
+    listed,
     refuse_given,
     refuse_unused_draws,
     require_device,
@@ -32,6 +33,12 @@ def test_integers(value: Any) -> None:
 def test_what_is_no_integer(value: Any) -> None:
     with pytest.raises(InvalidTypeError, match="every must be an integer"):
         require_integer("every", value, 1)
+
+
+def test_of_many_names_the_first_are_listed() -> None:
+    assert listed(["a"]) == "'a'"
+    assert listed([*"abcdef"]) == "'a', 'b', 'c', 'd', 'e', 'f'"
+    assert listed([*"abcdefg"]) == "'a', 'b', 'c', 'd', 'e', 'f', … (7 in all)"
 
 
 def test_numbers() -> None:

@@ -121,7 +121,7 @@ def diagnose(
             advance(1)
     reduces.require()
     if method == "auto" and hessian is not None:
-        warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
+        warn_if_estimated(hessian.info)
     return _concluded(None if refused else fisher, hessian, seen, whole_loss, reduces.summed, coupled)
 
 

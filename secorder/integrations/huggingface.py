@@ -21,7 +21,7 @@ try:
     from transformers.trainer_callback import ExportableState
 except ImportError as error:
     raise ImportError(
-        "secorder.integrations.huggingface needs transformers: pip install transformers accelerate"
+        f"secorder.integrations.huggingface needs transformers: pip install transformers accelerate ({error})"
     ) from error
 
 __all__ = ["CurvatureCallback"]

@@ -25,7 +25,7 @@ except ImportError:  # the older name of the package
     try:
         import pytorch_lightning as pl  # type: ignore[no-redef]
     except ImportError as error:
-        raise ImportError("secorder.integrations.lightning needs Lightning: pip install lightning") from error
+        raise ImportError(f"secorder.integrations.lightning needs it: pip install lightning ({error})") from error
 
 __all__ = ["CurvatureCallback"]
 

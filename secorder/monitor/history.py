@@ -53,6 +53,10 @@ class History:
                 del points[1::2]
                 self._stride[statistic] *= 2
 
+    def __repr__(self) -> str:
+        longest = max(map(len, self._points.values()), default=0)
+        return f"History({longest} points of {', '.join(self._points) or 'nothing'})"
+
     @property
     def statistics(self) -> list[str]:
         """What was logged."""

@@ -1,5 +1,6 @@
 """Traces of each layer's block, by the same strategies as diagonals."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -38,6 +39,11 @@ class Trace:
     num_samples: int | None = None
 
     __repr__ = brief
+
+    @property
+    def relative_error(self) -> float:
+        """The standard error relative to the value; 0 where the trace is exact."""
+        return self.standard_error / abs(self.value) if self.value else 0.0 if self.standard_error == 0 else math.inf
 
 
 def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: By = "layer") -> dict[str, Trace]:

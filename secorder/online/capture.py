@@ -8,6 +8,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from .._arguments import listed
 from .._torch.compile import never_compiled
 from .._torch.engine import (
     accumulate_node,
@@ -167,8 +168,8 @@ def module_called(
         return
     if start.overwritten():
         raise AttributionError(
-            f"the layers {[part.name for part in parts]} are measured by running a module of the model again, which "
-            "overwrites its input in place: use an out-of-place operation, leave the layers out with layers=, or "
+            f"layers {listed([part.name for part in parts])} are measured by running a module of the model again, "
+            "which overwrites its input in place: use an out-of-place operation, leave the layers out with layers=, or "
             "measure them with one-shot calls."
         )
     # A checkpoint around the model keeps its arguments, too, and computes it again without this.

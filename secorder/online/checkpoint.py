@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._arguments import listed
 from .._torch.surroundings import lasting
 from ..errors import InvalidArgumentError
 from ..parallel.all_reduce import add_up
@@ -25,6 +26,9 @@ VERSION = 4
 
 #: Before the keys of what was accumulated before the last look at a window.
 EARLIER = "earlier/"
+
+#: What to do with the state of another probe.
+_OTHER = "make the probe with the model and the options that the state is from."
 
 
 def _kind(fisher: OnlineFisher) -> str:
@@ -113,7 +117,7 @@ def _window_of(fisher: OnlineFisher, state: Mapping[str, Tensor], prefix: str) -
 def _require_same_parameters(fisher: OnlineFisher, state: Mapping[str, Tensor]) -> None:
     names = {key.removeprefix("counts/") for key in state if key.startswith("counts/")}
     if different := sorted(names ^ fisher.sums.keys()):
-        raise InvalidArgumentError(f"the state and the probe differ in the layers {different}.")
+        raise InvalidArgumentError(f"the state and the probe differ in layers {listed(different)}: {_OTHER}")
     sizes = {
         f"sums/{layer.parameter_name(name)}": p.numel()
         for layer in fisher.layers
@@ -123,10 +127,10 @@ def _require_same_parameters(fisher: OnlineFisher, state: Mapping[str, Tensor]) 
     found = {key: value.numel() for key, value in state.items() if key.startswith("sums/")}
     different = sorted(key.removeprefix("sums/") for key in sizes.keys() ^ found.keys())
     if different:
-        raise InvalidArgumentError(f"the state and the probe differ in the parameters {different}.")
+        raise InvalidArgumentError(f"the state and the probe differ in parameters {listed(different)}: {_OTHER}")
     different = sorted(key.removeprefix("sums/") for key, size in sizes.items() if found[key] != size)
     if different:
-        raise InvalidArgumentError(f"the state has other shapes of the parameters {different}.")
+        raise InvalidArgumentError(f"the state has other shapes of parameters {listed(different)}: {_OTHER}")
 
 
 def _require_whole(fisher: OnlineFisher, state: Mapping[str, Tensor]) -> None:

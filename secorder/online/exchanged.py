@@ -6,6 +6,7 @@ Layers that are trained only since then are not recorded, which is said.
 from dataclasses import replace
 from operator import attrgetter
 
+from .._arguments import listed
 from .._torch.fsdp import sharded_by_gathered
 from .._torch.modules import constant_in_place_of, held_parameter, parameter_table
 from ..errors import InvalidArgumentError
@@ -56,7 +57,7 @@ def refresh(fisher: OnlineFisher, attributions: Attributions) -> bool:
     if computed:
         fisher.troubles.saw("computed")
         fisher.troubles.warn(
-            f"a forward is left out, since the parameters of the layers {computed} are computed from others in it "
+            f"a forward is left out, since the parameters of layers {listed(computed)} are computed from others in it "
             "(torch.func.functional_call with adapted ones): per-sample gradients are those of the model's own."
         )
         return False
@@ -76,8 +77,8 @@ def tell_of_new(fisher: OnlineFisher) -> None:
     others = [x for x in layers if x.name not in fisher.by_layer]
     if new := [x.name for x in others if any(p.requires_grad for p in x.parameters.values())]:
         fisher.troubles.warn(
-            f"the layers {new} are trained now, and were not when the probe was made (frozen, or not there yet): it "
-            "does not measure them; make a new probe, or one with frozen=True before."
+            f"layers {listed(new)} are trained now, and were not when the probe was made (frozen, or not there yet): "
+            "it does not measure them; make a new probe, or one with frozen=True before."
         )
 
 

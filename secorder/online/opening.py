@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from .._arguments import listed
 from .._torch.modules import batch_normalisation
 from .._torch.pytree import tensors_in
 from ..errors import NonFiniteError, SecorderError
@@ -194,7 +195,7 @@ def _warn_of(
     slow = [x.name for x in found.layers if x.rule is None and not x.by_operations and x.enclosing is not x.module]
     if slow:
         fisher.troubles.warn(
-            f"the calls of the layers {slow} do not determine their per-sample gradients (a row that all samples "
+            f"the calls of layers {listed(slow)} do not determine their per-sample gradients (a row that all samples "
             "share, rows that depend on data, a parameter used outside of them, nothing trainable before them): a "
             "module that contains them runs once more a step. That is exact and slow; leave them out with layers= if "
             "it is too slow."

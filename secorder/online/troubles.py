@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from .._arguments import listed
 from .._caution import caution
 from .._torch.saved_tensors import stops_recomputation
 from .._torch.surroundings import count_modes, out_of_sight
@@ -194,20 +195,19 @@ class Troubles:
 
 def sentence(names: Sequence[str], reason: str) -> str:
     """A reason, with the layers that it is of."""
-    which = f"layer {names[0]!r}" if len(names) == 1 else f"layers {list(names)}"
-    return f"{which}: {reason}"
+    return f"layer{'s' * (len(names) > 1)} {listed(names)}: {reason}"
 
 
 def tell_normalised(troubles: Troubles, names: Sequence[str], *, quantised: bool = False) -> None:
     """Say that samples are coupled by batch normalisation, or fake quantisation, whose statistics are taken as is."""
-    by, what, instead = "batch normalisation in train mode", "statistics", "train with model.eval() statistics"
+    by, instead = "batch normalisation in train mode", "put the normalisations into eval mode"
     if quantised:
-        by, what = "observers of fake quantisation", "ranges"
+        by = "observers of fake quantisation"
         instead = "call model.apply(torch.ao.quantization.disable_observer) once they have settled"
     message = (
-        f"the samples of a batch influence one another by {by}, so that the per-sample gradients of the layers "
-        f"{list(names)} are each sample's part of the batch's gradient, with the {what} of the batch as they are: "
-        f"{instead}, or leave the layers out with layers=."
+        f"the samples of a batch influence one another by {by}, so that the numbers of layers {listed(names)} are made "
+        "of what each sample contributes to the batch's gradient, its influence on the others included: to have them "
+        f"without it, {instead}, or measure by one-shot calls in eval mode."
     )
     if troubles.strict:
         raise CouplingError(message)

@@ -51,3 +51,11 @@ def test_state_goes_on() -> None:
     other.add(2, {"a": {"x": 2.0}})
     assert other.to_dict() == {"step": [1, 2], "a/x": [1.0, 2.0]}
     assert history.to_dict() == {"step": [1], "a/x": [1.0]}
+
+
+def test_a_history_says_what_it_holds() -> None:
+    history = History()
+    assert repr(history) == "History(0 points of nothing)"
+    for step in range(3):
+        history.add(step, {"fisher_trace": {"a": 1.0}, "model": {"loss": 2.0}} if step else {"model": {"loss": 2.0}})
+    assert repr(history) == "History(3 points of model, fisher_trace)"

@@ -7,18 +7,21 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from secorder import CurvatureWarning
+from secorder import CurvatureWarning, LayerInfo, Strategy, Trace
 from secorder.layers.selection import select_layers
 from secorder.oneshot import warn
 from secorder.oneshot.warn import warn_if_estimated, warn_if_inexact, warn_if_not_finite
 
 
 def test_estimated_layers_are_named_and_exact_ones_are_not() -> None:
-    with pytest.warns(CurvatureWarning, match=r"2 of 3 layers were estimated \('a', 'c'\)"):
-        warn_if_estimated({"a": 16, "b": 0, "c": 8})
+    exact, drawn = (LayerInfo(Strategy.CHAIN, num_draws=n, relative_error=n / 64) for n in (0, 8))
+    with pytest.warns(CurvatureWarning, match=r"2 of 3 layers were estimated \('a', 'c'\), with .* up to 0.25, since"):
+        warn_if_estimated({"a": drawn, "b": exact, "c": Trace(-4.0, 1.0, num_draws=3, converged=True)})
+    with pytest.warns(CurvatureWarning, match="1 of 1 layers was estimated .'a'., with .* up to inf"):
+        warn_if_estimated({"a": Trace(0.0, 1.0, num_draws=1, converged=False)})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_if_estimated({"a": 0})
+        warn_if_estimated({"a": exact, "b": Trace(0.0, 0.0, num_draws=0, converged=True)})
 
 
 def test_values_that_are_not_finite_are_named_and_a_sum_that_overflows_is_none() -> None:

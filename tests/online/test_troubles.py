@@ -31,14 +31,14 @@ def test_that_a_batch_is_left_out_is_warned_of_once_a_layer_and_reason() -> None
         for names, reason in (("ab", "first."), *[(name, "first.") for name in "abc"], ("a", "second.")):
             troubles.leave_out(None, list(names), reason)
     assert [str(warning.message) for warning in told] == [
-        "layers ['a', 'b']: first. This batch is left out of it.",
+        "layers 'a', 'b': first. This batch is left out of it.",
         "layer 'c': first. This batch is left out of it.",
         "layer 'a': second. This batch is left out of it.",
     ]
 
 
 def test_a_strict_one_raises_at_once() -> None:
-    with pytest.raises(AttributionError, match=r"layers \['a', 'b'\]: why"):
+    with pytest.raises(AttributionError, match=r"layers 'a', 'b': why"):
         Troubles(["a", "b"], strict=True).mark(["a", "b"], "why")
 
 
@@ -63,7 +63,8 @@ def test_why_nothing_was_accumulated_goes_by_what_was_seen() -> None:
 
 def test_sentences_name_the_layers() -> None:
     assert sentence(["a"], "why") == "layer 'a': why"
-    assert sentence(["a", "b"], "why") == "layers ['a', 'b']: why"
+    assert sentence(["a", "b"], "why") == "layers 'a', 'b': why"
+    assert sentence([*"abcdefgh"], "why") == "layers 'a', 'b', 'c', 'd', 'e', 'f', … (8 in all): why"
 
 
 def _functional(model: nn.Module, x: Tensor) -> None:
