@@ -41,7 +41,7 @@ from .oneshot.data_eigenvalues import eigenvalues_of_data
 from .oneshot.data_set import first_of, is_data_set, require_one_batch, seconds_besides, takes_data_sets
 from .oneshot.eigenvalues import MAX_ITERATIONS, Eigenvalues, Ends, Which, eigenvalues
 from .oneshot.fisher import check_fisher_type, fisher_budget, fisher_diagonal
-from .oneshot.fisher_pairs import FisherType
+from .oneshot.fisher_pairs import Asked, FisherType
 from .oneshot.hessian.budget import Budget, HessianMethod
 from .oneshot.hessian.cost import Cost, result_bytes
 from .oneshot.hessian.diagonal import hessian_diagonal
@@ -472,7 +472,7 @@ class CurvatureProbe:
         budget = fisher_budget(fisher_type, rtol, max_draws, create_graph=create_graph)
         with raised_on_all() if synchronize else nullcontext():
             fisher = self._measure(
-                partial(fisher_diagonal, fisher_type=fisher_type, num_draws=num_draws, budget=budget),
+                partial(fisher_diagonal, asked=Asked(fisher_type, num_draws), budget=budget),
                 *(loss_fn, inputs, targets),
                 by_sample=True,
                 **options,
@@ -916,7 +916,7 @@ class CurvatureProbe:
         if is_data_set(inputs, targets):
             with random_state_kept(self._model):
                 (inputs, targets), num_batches, loading = first_of(inputs, self._one_shot_dim)
-        asked = quantity, budget, fisher_type, num_draws or 1, ends
+        asked = quantity, budget, Asked(fisher_type, num_draws or 1), ends
         batch = loss_fn, inputs, targets
         how: dict[str, Any] = {"by_sample": quantity == "fisher", "chunk_size": chunk_size}
         cost = self._measure(lambda task: quantity_cost(task, *asked), *batch, **how)

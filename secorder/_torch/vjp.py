@@ -133,8 +133,8 @@ def gradients(
 
     Raises :class:`DoubleBackwardError` where an operator on the way cannot be differentiated.
     """
-    if not inputs:
-        return []
+    if not inputs or (isinstance(outputs, Tensor) and not outputs.requires_grad):  # a constant reaches none
+        return [None] * len(inputs)
     try:
         found = torch.autograd.grad(
             outputs, _ends(inputs), cotangents, retain_graph=True, create_graph=create_graph, allow_unused=True

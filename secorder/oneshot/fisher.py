@@ -46,7 +46,7 @@ from .fisher_by_loop import by_loop
 from .fisher_by_samples import by_samples
 from .fisher_by_uses import by_uses
 from .fisher_by_weight import ByWeight, heaviest_columns
-from .fisher_pairs import FisherType, Found, second_order_columns
+from .fisher_pairs import Asked, FisherType, Found, second_order_columns
 from .head import contract_head, head_outputs, known_heads
 from .hessian.budget import Budget
 from .independence import exchange, outputs_independent
@@ -87,9 +87,7 @@ def fisher_budget(
     return Budget.checked("hutchinson", None, rtol, max_draws, None)
 
 
-def fisher_diagonal(
-    task: Measurement, fisher_type: FisherType = "empirical", num_draws: int = 1, budget: Budget | None = None
-) -> Diagonals:
+def fisher_diagonal(task: Measurement, asked: Asked, budget: Budget | None = None) -> Diagonals:
     """The Fisher diagonal of one batch for every parameter of the layers.
 
     See :meth:`secorder.CurvatureProbe.fisher_diagonal`, which this function carries out.
@@ -97,9 +95,8 @@ def fisher_diagonal(
     Args:
         budget: of ``"type-2"``, how exact: where it has an ``rtol``, columns by falling weight and draws of the rest.
     """
-    asked = fisher_type, num_draws
     weighted = None if budget is None else ByWeight(budget)
-    found = fisher_means(task, *asked, weighted)
+    found = fisher_means(task, asked, weighted)
     if task.create_graph:
         zero = differentiable_zero(task.model)
         values = {name: [v + zero for v in parts] for name, (parts, _) in found.items()}
@@ -110,20 +107,20 @@ def fisher_diagonal(
     if told:
         errors = {x.name: told.get(x.name, zeros(x)) for x in task.layers}
     infos = {name: info for name, (_, info) in found.items()}
-    if fisher_type == "mc":
+    if asked.fisher_type == "mc":
         used = {name for name, info in infos.items() if info.strategy != Strategy.UNUSED}
-        infos |= {name: replace(infos[name], num_draws=num_draws, relative_error=nan) for name in used}
+        infos |= {name: replace(infos[name], num_draws=asked.num_draws, relative_error=nan) for name in used}
     return Diagonals(task.layers, values, infos, errors)
 
 
-def fisher_means(task: Measurement, fisher_type: FisherType, num_draws: int, weighted: ByWeight | None = None) -> Found:
+def fisher_means(task: Measurement, asked: Asked, weighted: ByWeight | None = None) -> Found:
     """The means over samples, of all layers: from the whole batch at once, or else sample by sample."""
     try:
-        found = in_batches(task, fisher_type, num_draws, weighted=weighted)
+        found = in_batches(task, asked, weighted)
     except DoubleBackwardError:  # of the checks; the definition needs one derivative
         found = {}
     rest = [layer for layer in task.layers if layer.name not in found]
-    return found | (by_loop(task, rest, fisher_type, num_draws) if rest else {})
+    return found | (by_loop(task, rest, asked) if rest else {})
 
 
 @dataclass
@@ -133,27 +130,27 @@ class Trial:
     columns: int  #: how many
     of: int = 0  #: of how many, as it turned out
 
+    def some(self, pairs: Columns) -> Columns:
+        """The first ones."""
+        self.of = pairs.num_columns
+        return First(pairs, min(self.columns, self.of))
 
-def in_batches(
-    task: Measurement,
-    fisher_type: FisherType,
-    num_draws: int,
-    trial: Trial | None = None,
-    weighted: ByWeight | None = None,
-) -> Found:
-    """By the strategies that run the whole batch at once; layers that they do not serve are missing from the result."""
+
+def in_batches(task: Measurement, asked: Asked, part: Trial | ByWeight | None = None) -> Found:
+    """By the strategies that run the whole batch at once; layers that they do not serve are missing from the result.
+
+    Of some columns alone, where there is such a ``part``.
+    """
     if task.owned is not None:  # whose samples no dimension of the inputs holds
         return {}
-    one_pair = fisher_type == "empirical" or (fisher_type == "mc" and num_draws == 1)
-    followed = _followed(task) if one_pair else []  # of one pair, a trial is the whole
-    with collection_paused() if one_pair else nullcontext():  # over one forward, which makes many small objects
-        found = _in_batches(task, followed, fisher_type, num_draws, trial, weighted)
+    followed = _followed(task) if asked.one_pair else []  # of one pair, a trial is the whole
+    with collection_paused() if asked.one_pair else nullcontext():  # over one forward, which makes many small objects
+        found = _in_batches(task, followed, asked, part)
         if found is None:
             return {}
         missed = [x for x in followed if x.rule is not None and x.name not in found]
         if missed:
-            rest = _in_batches(replace(task, layers=missed), [], fisher_type, num_draws, trial, weighted)
-            found |= rest or {}
+            found |= _in_batches(replace(task, layers=missed), [], asked, part) or {}
     return found
 
 
@@ -165,22 +162,13 @@ def _followed(task: Measurement) -> list[Layer]:
 
 
 def _in_batches(
-    task: Measurement,
-    followed: Sequence[Layer],
-    fisher_type: FisherType,
-    num_draws: int,
-    trial: Trial | None,
-    weighted: ByWeight | None,
+    task: Measurement, followed: Sequence[Layer], asked: Asked, part: Trial | ByWeight | None
 ) -> Found | None:
     """:func:`in_batches`, with some layers followed by operations; None where the losses of samples are not told."""
     tapped = [x for x in task.ruled if x not in followed]
     bare = _called_alone(task)
-    with (
-        nullcontext(Recording())
-        if bare
-        else recorded(task.isolated, tapped, own_parameters=task.create_graph) as recording,
-        seen([x for x in followed if x.rule is not None]) as watched,
-    ):
+    tap = nullcontext(Recording()) if bare else recorded(task.isolated, tapped, own_parameters=task.create_graph)
+    with tap as recording, seen([x for x in followed if x.rule is not None]) as watched:
         traced = task.traced(inputs=not task.create_graph)
         onednn = task.isolated.pure and not task.autocast
         forward = ChainForward(recording, chain_of(task.model), tapped, onednn=onednn) if bare else None
@@ -190,7 +178,7 @@ def _in_batches(
             require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
             return {layer.name: (zeros(layer), LayerInfo(Strategy.UNUSED)) for layer in task.layers}
         layers = _usable(recording, tapped, with_graph=task.create_graph)
-        second_order = fisher_type != "empirical"  # of which each sample has one cotangent alone
+        second_order = asked.second_order
         by_graph, side = bare or not traced.hooked, None  # what is followed through the graph passes by its hooks
         if by_graph:
             leaves = [leaf for z in layers for leaf in z.leaves]
@@ -201,9 +189,9 @@ def _in_batches(
             side = losses_by_output(task, output, loss, layers, second_order=second_order)
         if side is None:
             return None
-        pairs = _pairs(task, side, fisher_type, num_draws)
+        pairs = _pairs(task, side, asked)
         side.gradients = []  # whose graph may be many times as large as the outputs
-        some = _some(pairs, trial, weighted)
+        some = pairs if part is None else part.some(pairs)
         found: Found = {}
         inner_sizes = None
         if followed and by_graph:
@@ -216,10 +204,9 @@ def _in_batches(
     rest = [x for x in task.layers if x.name not in found and (x.rule is None or x not in followed)]
     if not (task.certain or traced.independent) and not _follows(task, traced, output, side, inner_sizes):
         require_independent_samples(task, output)
-    if weighted is not None and isinstance(pairs, Root):
+    if isinstance(part, ByWeight) and isinstance(pairs, Root):
         served = [z for z in layers if z.layer.name in found and "last" not in found[z.layer.name][1].checks]
-        columns = heaviest_columns(task, side.model_outputs, pairs, served, rest, weighted, by_graph=by_graph)
-        return found | columns
+        return found | heaviest_columns(task, side.model_outputs, pairs, served, rest, part, by_graph=by_graph)
     return found | _without_rules(task, rest, some, by_graph=by_graph and not followed, linear=second_order)
 
 
@@ -261,12 +248,12 @@ def require_independent_samples(task: Measurement, output: Any) -> None:
         )
 
 
-def _pairs(task: Measurement, side: SampleLosses, fisher_type: FisherType, num_draws: int) -> Columns:
+def _pairs(task: Measurement, side: SampleLosses, asked: Asked) -> Columns:
     """The cotangents of every sample's loss on its output."""
-    if fisher_type == "empirical":
+    if not asked.second_order:
         found = [as_samples(g) for g in filled(side.gradients, side.points)]
         return Single(found[0] if len(found) == 1 else torch.cat(found, 1))
-    return second_order_columns(task, side.gradients, side.points, fisher_type, num_draws, side.root)
+    return second_order_columns(task, side.gradients, side.points, asked, side.root)
 
 
 def _by_rules(
@@ -301,11 +288,9 @@ def _by_rules(
             plain=side.at_leaves,
         )
     info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})
-    by_columns = {z.layer.name: values for z, values in zip(alone, found, strict=True) if values is not None}
     last = replace(info, checks={**info.checks, "last": True})
-    return {name: (values, last) for name, values in heads.items()} | {
-        name: (values, info) for name, values in by_columns.items()
-    }
+    told: Found = {name: (values, last) for name, values in heads.items()}
+    return told | {z.layer.name: (values, info) for z, values in zip(alone, found, strict=True) if values is not None}
 
 
 def _without_rules(
@@ -339,16 +324,6 @@ def _used_alone(
     reached = gradients(ends, replacements, [torch.ones_like(f) for f in ends]) if ends else [None] * len(replacements)
     used = {id(s) for s, r in zip(replacements, reached, strict=True) if r is not None}
     return [z for z in layers if not any(id(s) in used for s in task.isolated.replacements(z.layer))]
-
-
-def _some(pairs: Columns, trial: Trial | None, weighted: ByWeight | None) -> Columns:
-    """The columns that are run: all, those of a trial, or one, which finds out where samples are."""
-    if weighted is not None:
-        return First(pairs, min(1, pairs.num_columns))
-    if trial is None:
-        return pairs
-    trial.of = pairs.num_columns
-    return First(pairs, min(trial.columns, pairs.num_columns))
 
 
 def _heads(

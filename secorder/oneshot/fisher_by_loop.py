@@ -17,14 +17,14 @@ from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import Strategy
 from .cotangents import pull_back
-from .fisher_pairs import FisherType, Found, collect, second_order_columns
+from .fisher_pairs import Asked, Found, collect, second_order_columns
 from .loss import require_dependence
 from .measurement import Measurement
-from .output_hessian import loss_of_output, output_points
+from .output_hessian import filled, loss_of_output, output_points
 from .recording import seen
 
 
-def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType, num_draws: int) -> Found:
+def by_loop(task: Measurement, layers: Sequence[Layer], asked: Asked) -> Found:
     """By definition: the model and the loss on batches of one, for losses that cannot be cut into those of samples.
 
     That the batch's loss is made of theirs is checked by its gradient, which must be a combination of theirs, else
@@ -36,7 +36,7 @@ def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType,
         if not whole.requires_grad:
             require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
         sketch = _Sketch(replacements, task.num_samples, least_precise([whole]))
-        batch = sketch.of(_gradients(whole, replacements))
+        batch = sketch.of(filled(gradients(whole, replacements), replacements))
         recording.require_seen(whole)
     _require_invariance(task, replacements, sketch, batch)
     value, own, losses = whole.detach(), [], []
@@ -46,10 +46,9 @@ def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType,
         for n in range(task.num_samples):
             output, loss = _of_samples(task, [n])
             losses.append(loss.detach())
-            g = _gradients(loss, replacements, create_graph=task.create_graph)
+            g = filled(gradients(loss, replacements, create_graph=task.create_graph), replacements)
             own.append(sketch.of(g))
-            pairs = [(g, g)] if fisher_type == "empirical" else None
-            for u, v in pairs or _columns(task, output, loss, n, replacements, fisher_type, num_draws):
+            for u, v in _columns(task, output, loss, n, replacements, asked) if asked.second_order else [(g, g)]:
                 for index, total in enumerate(totals):
                     totals[index] = total + u[index].to(total).flatten() * v[index].to(total).flatten()
             advance(1)
@@ -71,7 +70,7 @@ def _require_invariance(task: Measurement, replacements: list[Tensor], sketch: "
         return
     _of_samples(task, [*range(task.num_samples), 0])  # what holds a number for each sample takes no other batch
     _, loss = _of_samples(task, [*range(1, task.num_samples), 0])
-    exchanged = sketch.of(_gradients(loss, replacements))
+    exchanged = sketch.of(filled(gradients(loss, replacements), replacements))
     if not bool(((exchanged - batch).abs() <= sketch.rounding * batch.abs().amax()).all()):
         raise CouplingError(
             "the model and loss_fn do not treat the samples of a batch alike: in another order, inputs and targets "
@@ -122,7 +121,7 @@ def trials_of_loop(
 
     def trial(index: list[int]) -> None:
         _, loss = _of_samples(task, index)
-        g = _gradients(loss, replacements)
+        g = filled(gradients(loss, replacements), replacements)
         sketch.of(g)
         for u in g:
             u.mul(u)
@@ -139,21 +138,8 @@ def _which(index: list[int]) -> str:
     return f"sample {index[0]} alone" if len(index) == 1 else f"another one of {len(index)} samples"
 
 
-def _gradients(loss: Tensor, replacements: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:
-    found = (
-        gradients(loss, replacements, create_graph=create_graph) if loss.requires_grad else [None] * len(replacements)
-    )
-    return [torch.zeros_like(s) if g is None else g for s, g in zip(replacements, found, strict=True)]
-
-
 def _columns(
-    task: Measurement,
-    output: Any,
-    loss: Tensor,
-    index: int,
-    replacements: list[Tensor],
-    fisher_type: FisherType,
-    num_draws: int,
+    task: Measurement, output: Any, loss: Tensor, index: int, replacements: list[Tensor], asked: Asked
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """The pairs of gradients on the parameters that one sample contributes to a Fisher of second order."""
     _, targets, _ = task.part([index])
@@ -167,13 +153,13 @@ def _columns(
         )
     ):
         raise InvalidArgumentError(
-            f"fisher_type={fisher_type!r} needs a loss that is computed by loss_fn from the model's output: here it "
-            "comes from inside the model, or the network is inside of the loss; leave a penalty of the weights out."
+            f"fisher_type={asked.fisher_type!r} needs a loss that is computed by loss_fn from the model's output: here "
+            "it comes from inside the model, or the network is inside of the loss; leave a penalty of the weights out."
         )
     if found is None:
         return
     again, points, _ = found
-    pairs = second_order_columns(task, gradients(again, points, create_graph=True), points, fisher_type, num_draws)
+    pairs = second_order_columns(task, gradients(again, points, create_graph=True), points, asked)
     exposed = output_points(output, None)
     elements = sum(t.numel() for t in (*replacements, *exposed))
     for ids in chunks(pairs.num_columns, default_chunk_size(elements, exposed[0], task.chunk_size)):

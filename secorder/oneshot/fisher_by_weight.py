@@ -20,7 +20,7 @@ from .hessian.output_draws import Reduce, reduced, whole
 from .measurement import Measurement
 from .output_hessian import output_points
 from .recorded_layer import RecordedLayer, contract_settled
-from .roots import Columns, Root
+from .roots import Columns, First, Root
 
 
 @dataclass
@@ -32,6 +32,10 @@ class ByWeight:
     estimates: dict[str, Estimate] = field(default_factory=dict)  #: by layer, as they turned out
     forecast: bool = False  #: find out what it takes, and no more
     told: Forecast = field(default_factory=Forecast)  #: what it takes, for all layers together
+
+    def some(self, pairs: Columns) -> Columns:
+        """One column, which finds out where samples are."""
+        return First(pairs, min(1, pairs.num_columns))
 
 
 def heaviest_columns(

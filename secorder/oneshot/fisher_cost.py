@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..results import Strategy
 from .fisher import Trial, in_batches
 from .fisher_by_loop import trials_of_loop
 from .fisher_by_weight import ByWeight
-from .fisher_pairs import FisherType, Found
+from .fisher_pairs import Asked, Found
 from .hessian.budget import Budget
 from .hessian.choice import Choice
 from .hessian.cost import Cost, layer_cost, result_bytes
@@ -54,12 +53,12 @@ class _Timed:
         return most + (at_once - some) * max(0, most - least) // (some - few)
 
 
-def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budget: Budget | None = None) -> Cost:
+def fisher_cost(task: Measurement, asked: Asked, budget: Budget | None = None) -> Cost:
     """What a Fisher will take, layer by layer; by heaviest columns and draws where a budget has an ``rtol``."""
-    timed = _timed(task, fisher_type, num_draws) if budget is None else _timed_by_weight(task, budget)
+    timed = _timed(task, asked) if budget is None else _timed_by_weight(task, budget)
     passed, leaves = _sizes(task)
     rest = [layer for layer in task.layers if layer.name not in timed.strategies]
-    columns = timed.columns or num_columns(fisher_type, num_draws, passed // task.num_samples)
+    columns = timed.columns or _num_columns(asked, passed // task.num_samples)
     by_columns = len(timed.strategies.keys() - timed.heads)
     loop, of_loop = _cost_of_loop(task, rest, columns) if rest else (0.0, 0)
     pulled = sum(z for name, z in leaves.items() if name not in timed.heads)
@@ -87,32 +86,32 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budg
     return Cost(costs, timed.overhead, num_bytes - max(cost.num_bytes for cost in costs.values()))
 
 
-def num_columns(fisher_type: FisherType, num_draws: int, outputs: int) -> int:
+def _num_columns(asked: Asked, outputs: int) -> int:
     """Pairs of cotangents, at most."""
-    return {"empirical": 1, "type-2": max(outputs, 1), "mc": num_draws}[fisher_type]
+    return {"empirical": 1, "type-2": max(outputs, 1), "mc": asked.num_draws}[asked.fisher_type]
 
 
-def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed:
+def _timed(task: Measurement, asked: Asked) -> _Timed:
     """By a trial of one column, which tells what is done anyway, and one of as many as are made at a time, or so."""
     found: Found = {}
     one = Trial(1)
     num_bytes: dict[int, int] = {}
 
     def first_time() -> None:
-        num_bytes[1] = most_bytes(lambda: found.update(_tried(task, fisher_type, num_draws, one)))
+        num_bytes[1] = most_bytes(lambda: found.update(_tried(task, asked, one)))
 
     start = seconds_of(first_time)
     strategies = {name: info.strategy for name, (_, info) in found.items()}
     if not strategies:
         return _Timed({}, 0, start, 0.0, num_bytes)
     heads = _heads(found)
-    first = start if start > LONG else least_seconds_of(lambda: _tried(task, fisher_type, num_draws, one))
+    first = start if start > LONG else least_seconds_of(lambda: _tried(task, asked, one))
     if one.of <= 1 or len(heads) == len(strategies):
         return _Timed(strategies, one.of, first, 0.0, num_bytes, heads)
 
     def seconds_by(columns: int) -> float:
         def work() -> Found:
-            return _tried(task, fisher_type, num_draws, Trial(columns))
+            return _tried(task, asked, Trial(columns))
 
         num_bytes[columns] = most_bytes(work)
         return max(least_seconds_of(work) - first, 1e-9) / (columns - 1)
@@ -126,13 +125,8 @@ def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed
 
 def _timed_by_weight(task: Measurement, budget: Budget) -> _Timed:
     """By a few columns and draws."""
-    weighted, found, made = ByWeight(budget, forecast=True), Found(), list[int]()
-
-    def tried() -> None:
-        with suppress(DoubleBackwardError):  # of the checks; the definition needs one derivative
-            found.update(in_batches(task, "type-2", 1, weighted=weighted))
-
-    start = seconds_of(lambda: made.append(most_bytes(tried)))
+    weighted, found, made, asked = ByWeight(budget, forecast=True), Found(), list[int](), Asked("type-2")
+    start = seconds_of(lambda: made.append(most_bytes(lambda: found.update(_tried(task, asked, weighted)))))
     if not found:
         return _Timed({}, 0, 0.0, 0.0, {1: made[0]})
     told = weighted.told
@@ -140,7 +134,7 @@ def _timed_by_weight(task: Measurement, budget: Budget) -> _Timed:
     strategies = {name: info.strategy for name, (_, info) in found.items()}
     first = start - told.spent
     if first < LONG:
-        first = least_seconds_of(lambda: _tried(task, "type-2", 1, Trial(1)))
+        first = least_seconds_of(lambda: _tried(task, asked, Trial(1)))
     return _Timed(strategies, told.columns, first, told.seconds / max(1, told.columns), num_bytes, _heads(found))
 
 
@@ -149,9 +143,9 @@ def _heads(found: Found) -> frozenset[str]:
     return frozenset(name for name, (_, info) in found.items() if "last" in info.checks)
 
 
-def _tried(task: Measurement, fisher_type: FisherType, num_draws: int, trial: Trial) -> Found:
+def _tried(task: Measurement, asked: Asked, part: Trial | ByWeight) -> Found:
     try:
-        return in_batches(task, fisher_type, num_draws, trial)
+        return in_batches(task, asked, part)
     except DoubleBackwardError:  # of the checks; the definition needs one derivative
         return {}
 

@@ -1,6 +1,7 @@
 """The pairs of cotangents on the model's output that make a Fisher of second order."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -14,6 +15,25 @@ from .roots import Columns, Draws, Root, from_hessian
 
 FisherType = Literal["empirical", "type-2", "mc"]
 
+
+@dataclass(frozen=True)
+class Asked:
+    """Which Fisher is asked for."""
+
+    fisher_type: FisherType = "empirical"
+    num_draws: int = 1  #: of ``"mc"``
+
+    @property
+    def second_order(self) -> bool:
+        """Whether it takes second derivatives of the loss, and several cotangents of each sample."""
+        return self.fisher_type != "empirical"
+
+    @property
+    def one_pair(self) -> bool:
+        """Whether each sample has one pair of cotangents alone."""
+        return self.fisher_type == "empirical" or (self.fisher_type == "mc" and self.num_draws == 1)
+
+
 #: Per layer its diagonal by parameter, which is the mean over samples, and how it was come by.
 Found = dict[str, tuple[list[Tensor], LayerInfo]]
 
@@ -22,8 +42,7 @@ def second_order_columns(
     task: Measurement,
     output_gradients: Sequence[Tensor | None],
     points: Sequence[Tensor],
-    fisher_type: FisherType,
-    num_draws: int,
+    asked: Asked,
     root: Root | None = None,
 ) -> Columns:
     """Pairs of which Σ_c u_c v_cᵀ is every sample's ∂²ℓ_n/∂f_n² (``"type-2"``), or has it as expectation (``"mc"``).
@@ -35,7 +54,7 @@ def second_order_columns(
         root = from_hessian(output_hessian(output_gradients, points, task.chunk_size))
     elif root is None:
         root = output_root(output_gradients, points, task.chunk_size)
-    return root if fisher_type == "type-2" else Draws.of(root, num_draws, task.generator)
+    return root if asked.fisher_type == "type-2" else Draws.of(root, asked.num_draws, task.generator)
 
 
 def collect(layers: Sequence[Layer], totals: Sequence[Tensor], strategy: Strategy, count: int) -> Found:

@@ -32,8 +32,8 @@ class LossAndGradient(NamedTuple):
     @classmethod
     def of(cls, loss: Tensor, tensors: Sequence[Tensor]) -> "LossAndGradient":
         """Those of a loss that was computed, with zeros for what it does not depend on."""
-        found = gradients(loss, tensors) if loss.requires_grad else [None] * len(tensors)
-        return cls(loss.detach(), [g.detach() for g in filled(found, tensors)], least_precise([loss]))
+        found = filled(gradients(loss, tensors), tensors)
+        return cls(loss.detach(), [g.detach() for g in found], least_precise([loss]))
 
 
 def require_loss_function(loss_fn: Any) -> None:
@@ -152,7 +152,7 @@ def require_dependence(model: nn.Module, loss_fn: Any, inputs: Any, targets: Any
     with isolate(model, loss_fn, everything, direct=True) as isolated:
         loss = loss_fn(isolated.forward(inputs), targets)
         replacements = [isolated.replacement(p) for p in parameters]
-        if loss.requires_grad and any(g is not None for g in gradients(loss.sum(), replacements)):
+        if any(g is not None for g in gradients(loss.sum(), replacements)):
             return
     raise InvalidArgumentError(
         "the loss does not depend on the model's parameters: loss_fn must be computed from the model's output "

@@ -18,7 +18,7 @@ from .output_hessian import expose_output, filled, loss_of_output, loss_separate
 from .recorded_layer import RecordedLayer
 from .root_forms import cross_entropy_root
 from .roots import Root
-from .sample_losses import BatchLoss, gradients_of_losses, gradients_of_rows, own_gradients, own_losses
+from .sample_losses import BatchLoss, gradients_of_rows, own_gradients, own_losses
 
 
 @dataclass
@@ -94,7 +94,7 @@ def losses_by_output(
     if task.create_graph:  # the cotangents must stay connected to the model
         points: list[Tensor] = []
         connected = expose_output(map_tensors(_seen_anew, output), points, task.dimension, detach=False)
-        found = gradients_of_losses(own_losses(task, connected), points, create_graph=True)
+        found = gradients(own_losses(task, connected).sum(), points, create_graph=True)
         return SampleLosses(found, points, model_outputs)
     if share is None:
         return SampleLosses(own_gradients(task, batch, second_order=second_order), batch.points, model_outputs)

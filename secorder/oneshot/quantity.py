@@ -14,7 +14,7 @@ from .._torch.memory import most_bytes
 from ..results import Strategy
 from .eigenvalues import Eigenvalues, Ends, lanczos, rows_of_basis, start_of
 from .fisher_cost import fisher_cost
-from .fisher_pairs import FisherType
+from .fisher_pairs import Asked
 from .hessian.budget import Budget
 from .hessian.cost import Cost, LayerCost, estimate_cost
 from .hessian.output_draws import whole
@@ -34,8 +34,7 @@ def quantity_cost(
     task: Measurement,
     quantity: Quantity,
     budget: Budget,
-    fisher_type: FisherType,
-    num_draws: int,
+    asked: Asked,
     ends: Ends,
 ) -> Cost:
     """What a measurement would take, layer by layer."""
@@ -44,7 +43,7 @@ def quantity_cost(
         return estimate_cost(task, budget, sums("layer") if quantity == "trace" else whole)
     if quantity == "eigenvalues":
         return _krylov_cost(task, ends)
-    return fisher_cost(task, fisher_type, num_draws, None if budget.rtol is None else budget)
+    return fisher_cost(task, asked, None if budget.rtol is None else budget)
 
 
 def _krylov_cost(task: Measurement, ends: Ends) -> Cost:

@@ -162,7 +162,7 @@ def own_gradients(task: Measurement, batch: BatchLoss, *, second_order: bool) ->
     points = batch.points
     if task.num_samples == 1 or made_of_samples(task.loss_fn, batch.output, task.targets):
         batch.release()
-        return gradients_of_losses(own_losses(task, batch.output), points, create_graph=second_order)
+        return gradients(own_losses(task, batch.output).sum(), points, create_graph=second_order)
     vectors = _vectors(points, task.generator)
     whole = _derivatives(batch.gradients, points, vectors)
     batch.release()
@@ -173,7 +173,7 @@ def own_gradients(task: Measurement, batch: BatchLoss, *, second_order: bool) ->
     factors = []
     parts = _parts(task, points)
     for ids in parts:
-        of_part = gradients_of_losses(own_losses(task, batch.output, ids), points, create_graph=True)
+        of_part = gradients(own_losses(task, batch.output, ids).sum(), points, create_graph=True)
         factors.append(_multiples(_derivatives(of_part, points, vectors), whole, ids, batch.kind))
         if len(parts) == 1:
             found = of_part
@@ -190,7 +190,7 @@ def own_gradients(task: Measurement, batch: BatchLoss, *, second_order: bool) ->
     if not second_order:
         return [None if g is None else g.detach() for g in found]
     del whole, first
-    return found or gradients_of_losses(own_losses(task, batch.output), points, create_graph=True)
+    return found or gradients(own_losses(task, batch.output).sum(), points, create_graph=True)
 
 
 def gradients_of_rows(task: Measurement, batch: BatchLoss) -> list[Tensor | None] | None:
@@ -209,7 +209,7 @@ def gradients_of_rows(task: Measurement, batch: BatchLoss) -> list[Tensor | None
             losses = own_losses(task, batch.output, ids)
         except SecorderError:
             return None
-        of_part = gradients_of_losses(losses, [point], create_graph=False)
+        of_part = gradients(losses.sum(), [point])
         own = _derivatives(of_part, [point], None)
         counts = own[0][ids.start : ids.stop].any(1)  # a sample that its own loss depends on is in the batch's, too
         factor = _multiples(own, whole, ids, batch.kind)
@@ -260,13 +260,6 @@ def _sums(before: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> lis
     return [
         b if g is None else g.detach() if b is None else b.add_(g.detach()) for b, g in zip(before, more, strict=True)
     ]
-
-
-def gradients_of_losses(losses: Tensor, points: Sequence[Tensor], *, create_graph: bool) -> list[Tensor | None]:
-    """The gradient of Σ_n ℓ_n; None where it does not depend on the points."""
-    if not losses.requires_grad:  # all of them constant
-        return [None] * len(points)
-    return gradients(losses.sum(), points, create_graph=create_graph)
 
 
 def _vectors(points: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:

@@ -11,6 +11,7 @@ from .._torch.pytree import tensors_in
 from ..results import brief
 from .fisher import fisher_diagonal, fisher_means
 from .fisher_by_weight import ByWeight
+from .fisher_pairs import Asked
 from .hessian.budget import Budget
 from .hessian.estimate import ENOUGH, Estimate
 from .hessian.output_draws import Reduce, reduced
@@ -56,7 +57,7 @@ def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: 
     elif of == "ggn" and (budget.method == "hutchinson" or _takes_long(task, budget)):
         estimates = _of_ggn(task, budget, sums(by))
     else:
-        diagonals = fisher_diagonal(task, "type-2" if of == "ggn" else "empirical")
+        diagonals = fisher_diagonal(task, Asked("type-2" if of == "ggn" else "empirical"))
         estimates = {
             layer.name: Estimate(reduced(sums(by), diagonals[layer.name].split(layer.sizes()))) for layer in task.layers
         }
@@ -76,7 +77,7 @@ def _of_ggn(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Esti
     (:mod:`.heaviest`).
     """
     weighted = ByWeight(budget, reduce)
-    found = fisher_means(task, "type-2", 1, weighted)
+    found = fisher_means(task, Asked("type-2"), weighted)
     exact = {name: values for name, (values, _) in found.items() if name not in weighted.estimates}
     return weighted.estimates | {name: Estimate(reduced(reduce, values)) for name, values in exact.items()}
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secorder import CouplingError, InvalidArgumentError, NonFiniteError, per_layer_fisher_diagonal
 from secorder.oneshot.fisher_by_loop import by_loop
+from secorder.oneshot.fisher_pairs import Asked
 from secorder.oneshot.measurement import Measurement
 
 from ..helpers import Net, by_layer, data, make, measured
@@ -17,7 +18,7 @@ from ..reference import assert_all_close, assert_close, fisher_by_sample, ggn_by
 
 def loop(fisher_type: Any = "empirical", loss_fn: Any = F.cross_entropy, batch: Any = None) -> Any:
     def work(task: Measurement) -> Any:
-        return {name: values for name, (values, _) in by_loop(task, task.layers, fisher_type, 3).items()}
+        return {name: values for name, (values, _) in by_loop(task, task.layers, Asked(fisher_type, 3)).items()}
 
     return measured(work, make(), batch or data(), loss_fn)
 
@@ -62,7 +63,7 @@ def test_second_order_needs_a_loss_of_the_output() -> None:
         return F.cross_entropy(f, t) + model[0].weight.square().sum()  # type: ignore[union-attr,operator]
 
     with pytest.raises(InvalidArgumentError, match="computed by loss_fn from the model's output"):
-        measured(lambda task: by_loop(task, task.layers, "type-2", 3), model, data(), penalised)
+        measured(lambda task: by_loop(task, task.layers, Asked("type-2")), model, data(), penalised)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])

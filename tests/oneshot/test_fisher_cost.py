@@ -12,6 +12,7 @@ from secorder import CurvatureProbe, InvalidArgumentError
 from secorder.oneshot import fisher_cost as module
 from secorder.oneshot import heaviest
 from secorder.oneshot.fisher_cost import fisher_cost
+from secorder.oneshot.fisher_pairs import Asked
 from secorder.oneshot.timing import seconds_per_product
 
 from ..benchmarks.memory import peak_memory
@@ -32,7 +33,7 @@ def test_what_is_said_is_what_is_done(fisher_type: Any, products: int, by_loop: 
     for loops in (False, True):
         model, batch = make(), data()
         loss_fn = penalised(model) if loops else F.cross_entropy
-        chosen = measured(lambda task: fisher_cost(task, fisher_type, 5), model, batch, loss_fn)
+        chosen = measured(lambda task: fisher_cost(task, Asked(fisher_type, 5)), model, batch, loss_fn)
         each = [6 * by_loop if loops else products] * len(chosen)
         if fisher_type == "type-2" and not loops:
             each[-1] = 0  # the head's diagonal is known without a column
@@ -49,7 +50,7 @@ def test_what_is_said_is_what_is_done(fisher_type: Any, products: int, by_loop: 
 def test_seconds_are_those_of_the_layers_and_of_what_is_done_anyway(loops: bool) -> None:
     model = make()
     cost = measured(
-        lambda task: fisher_cost(task, "empirical", 5), model, data(), penalised(model) if loops else F.cross_entropy
+        lambda task: fisher_cost(task, Asked()), model, data(), penalised(model) if loops else F.cross_entropy
     )
     assert cost.overhead > 0
     assert all((c.seconds > 0) == loops and c.num_bytes > 0 for c in cost.values())  # one column is done by the checks
@@ -72,7 +73,7 @@ def test_columns_that_fit_no_cache_together_are_timed_together(monkeypatch: pyte
     real = module._tried
     monkeypatch.setattr(module, "_tried", trial)
     monkeypatch.setattr(module, "least_seconds_of", seconds)
-    cost = measured(lambda task: fisher_cost(task, "mc", 150), make(), data(), F.cross_entropy)
+    cost = measured(lambda task: fisher_cost(task, Asked("mc", 150)), make(), data(), F.cross_entropy)
     assert max(tried) == 150
     assert cost.seconds == pytest.approx(1e-3 + 3e-5 * 150, rel=0.05)
 

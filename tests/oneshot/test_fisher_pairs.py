@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secorder.layers.selection import select_layers
-from secorder.oneshot.fisher_pairs import collect, second_order_columns
+from secorder.oneshot.fisher_pairs import Asked, collect, second_order_columns
 from secorder.oneshot.measurement import Measurement
 from secorder.results import Strategy
 
@@ -25,7 +25,7 @@ def test_pairs_add_up_to_the_hessian(fisher_type: Any, create_graph: bool) -> No
         point = output.detach().requires_grad_()
         losses = F.cross_entropy(point, task.targets, reduction="sum")
         g = torch.autograd.grad(losses, point, create_graph=True)
-        found = second_order_columns(task, g, [point], fisher_type, 4000)
+        found = second_order_columns(task, g, [point], Asked(fisher_type, 4000))
         some = found.columns(range(found.num_columns))
         v = some.u if some.v is None else some.v
         u = some.u if some.sign is None else some.u * some.sign[..., None]

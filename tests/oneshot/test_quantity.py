@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from secorder import CurvatureProbe, InvalidArgumentError, Strategy
 from secorder.oneshot import quantity as quantity_module
 from secorder.oneshot.eigenvalues import Ends, lanczos
+from secorder.oneshot.fisher_pairs import Asked
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.quantity import quantity_cost
 
@@ -19,7 +20,7 @@ from ..helpers import data, measured, mlp, seed, seeded
 
 
 def cost(quantity: str, **options: object) -> object:
-    how = {"fisher_type": "mc", "num_draws": 5, "ends": Ends(max_iterations=7), **options}
+    how = {"asked": Asked("mc", 5), "ends": Ends(max_iterations=7), **options}
     return measured(lambda task: quantity_cost(task, quantity, Budget("exact"), **how), mlp(), data())  # type: ignore[arg-type]
 
 

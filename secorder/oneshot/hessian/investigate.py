@@ -167,7 +167,7 @@ def _learn_uses(
     ends = [leaf for graph in graphs for leaf in graph.leaves]
     ends += [s for graph in graphs for s in task.isolated.replacements(graph.layer)]
     by_leaf: dict[int, Tensor | None] = {}
-    if with_gradients and loss.requires_grad:
+    if with_gradients:
         by_leaf = dict(zip(map(id, ends), gradients(loss, ends, create_graph=True), strict=True))
     reached = {key for key, g in by_leaf.items() if g is not None} if with_gradients else leaves_of([loss]).keys()
     if len(graphs) == len(task.layers) and not any(id(x) in reached for x in ends):

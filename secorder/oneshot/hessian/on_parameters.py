@@ -18,7 +18,7 @@ def on_parameters(task: Measurement, layers: Sequence[Layer]) -> list[tuple[Laye
     with seen(layers) as recording:
         _, loss = task.loss(second_order=True)
         replacements = [s for layer in layers for s in task.isolated.replacements(layer)]
-        found = gradients(loss, replacements, create_graph=True) if loss.requires_grad else [None] * len(replacements)
+        found = gradients(loss, replacements, create_graph=True)
         recording.require_seen(loss)
     if all(g is None for g in found):
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
