@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -116,27 +115,15 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
     By a few of the columns, a few draws of the rest, which tell how its error falls, and as many of all of it, which
     tell what the error is relative to.
     """
-    start = now()
-    some = _exactly(root, budget)
-    columns: Columns = root if some is None else some
-    enough = columns.num_columns + budget.num_draws >= root.num_columns
-    exact = root.num_columns if enough else 0 if some is None else some.num_columns
-    seconds, num_bytes = 0.0, dict[int, int]()
-    if exact:
-        trial = partial(First, root if enough else columns)
-        few = min(PILOT_COLUMNS, exact)
-        by_column = seconds_per_product(lambda k: contract(trial(k)), few, TRIAL_SECONDS)
-        seconds = exact * by_column
-        most = max(1, min(METERED_COLUMNS, exact, int(TRIAL_SECONDS / max(by_column, 1e-9))))
-        for count in {min(2, most), most}:
-            num_bytes[count] = most_bytes(lambda: contract(trial(count)))  # noqa: B023
-    if enough:
-        return Forecast(exact, seconds, num_bytes, now() - start)
-    without = None if some is None else some.order
+    start, some = now(), _exactly(root, budget)
+    if some is None or some.num_columns + budget.num_draws >= root.num_columns:
+        seconds, num_bytes = _cost_of_columns(root, contract)
+        return Forecast(root.num_columns, seconds, num_bytes, now() - start)
+    seconds, num_bytes = _cost_of_columns(some, contract)
     made: list[list[list[Tensor]]] = []
 
     def first() -> None:
-        made.append(contract(Draws.of(root, 1, generator, without=without)))
+        made.append(contract(Draws.of(root, 1, generator, without=some.order)))
 
     one = seconds_of(lambda: num_bytes.update({1: max(num_bytes.get(1, 0), most_bytes(first))}))
     tried = max(LEAST_DRAWS, min(PILOT_COLUMNS, int(TRIAL_SECONDS / max(one, 1e-9))))
@@ -148,12 +135,20 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
         return average(draw, zero, pilot, 1, lambda _: None).split(sizes, pilot)
 
     rests: list[Estimate] = []
-    by_draw = seconds_of(lambda: rests.extend(spread(without))) / tried
-    wanted = float(budget.num_draws)
-    for rest, whole in zip(rests, spread(None), strict=True):
-        wanted = max(wanted, draws_for(budget, tried, rest.errors, whole))
-    draws = math.ceil(min(wanted, budget.max_draws))
-    return Forecast(exact + draws, seconds + draws * by_draw, num_bytes, now() - start)
+    by_draw = seconds_of(lambda: rests.extend(spread(some.order))) / tried
+    wanted = [draws_for(budget, tried, rest.errors, every) for rest, every in zip(rests, spread(None), strict=True)]
+    draws = math.ceil(min(max([budget.num_draws, *wanted]), budget.max_draws))
+    return Forecast(some.num_columns + draws, seconds + draws * by_draw, num_bytes, now() - start)
+
+
+def _cost_of_columns(columns: Columns, contract: Contraction) -> tuple[float, dict[int, int]]:
+    """Seconds of all of them, and the memory of some at once, by their number."""
+    few, num_bytes = min(PILOT_COLUMNS, columns.num_columns), dict[int, int]()
+    by_column = seconds_per_product(lambda k: contract(First(columns, k)), few, TRIAL_SECONDS)
+    most = max(1, min(METERED_COLUMNS, columns.num_columns, int(TRIAL_SECONDS / max(by_column, 1e-9))))
+    for count in {min(2, most), most}:
+        num_bytes[count] = most_bytes(lambda: contract(First(columns, count)))  # noqa: B023
+    return columns.num_columns * by_column, num_bytes
 
 
 def _drawing(root: Root, contract: Contraction, generator: torch.Generator, without: Tensor | None) -> Draw:

@@ -93,7 +93,8 @@ def losses_by_output(
         own_gradients(task, batch, second_order=second_order)  # for its checks
     if task.create_graph:  # the cotangents must stay connected to the model
         points: list[Tensor] = []
-        connected = expose_output(map_tensors(_seen_anew, output), points, task.dimension, detach=False)
+        apart = map_tensors(lambda t: t.view_as(t), output)  # nodes of their own, which no other output depends on
+        connected = expose_output(apart, points, task.dimension, detach=False)
         found = gradients(own_losses(task, connected).sum(), points, create_graph=True)
         return SampleLosses(found, points, model_outputs)
     if share is None:
@@ -101,11 +102,6 @@ def losses_by_output(
     if not second_order:
         batch.release()
     return SampleLosses(_divided(batch.gradients, share), batch.points, model_outputs)
-
-
-def _seen_anew(tensor: Tensor) -> Tensor:
-    """The same values as a node of its own, which no other output depends on, as it may on the tensor."""
-    return tensor.view_as(tensor)
 
 
 def _own_gradients(task: Measurement, batch: BatchLoss, output: Any, loss: Tensor) -> list[Tensor | None]:

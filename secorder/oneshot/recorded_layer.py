@@ -65,14 +65,12 @@ class RecordedLayer:
         """The layer's rule, the inputs of each call, and the dtype to compute in."""
         assert self.layer.rule is not None
         kind = compute_dtype(self.layer)
-        inputs = [
-            tuple([cast(_dense(x if self.with_graph else x.detach()), kind) for x in call]) for call in self.inputs
-        ]
-        return self.layer.rule, inputs, kind
 
+        def given(x: Tensor) -> Tensor:
+            x = x if self.with_graph else x.detach()
+            return cast(x if x.layout is torch.strided else x.to_dense(), kind)
 
-def _dense(x: Tensor) -> Tensor:
-    return x if x.layout is torch.strided else x.to_dense()
+        return self.layer.rule, [tuple(map(given, call)) for call in self.inputs], kind
 
 
 def layout_options(z: RecordedLayer, num_samples: int) -> list[list[Layout]]:

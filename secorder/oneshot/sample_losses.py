@@ -131,21 +131,17 @@ def _one(task: Measurement, output: Any, n: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a batch of one, such as that it has no standard deviation
         try:
-            return _scalar(task.loss_again(*task.cut(output, [n])))
+            return task.loss_again(*task.cut(output, [n])).reshape(())
         except SecorderError:
             raise
         except Exception as error:
             try:
-                return _scalar(task.loss_again(*task.cut(output, [n], rows=True)))
+                return task.loss_again(*task.cut(output, [n], rows=True)).reshape(())
             except Exception:
                 raise InvalidArgumentError(
                     f"loss_fn works on the batch and fails on sample {n} alone ({type(error).__name__}: "
                     f"{_first_line(error)}): {HELD}."
                 ) from error
-
-
-def _scalar(loss: Tensor) -> Tensor:
-    return loss.reshape(())
 
 
 def _first_line(error: Exception | None) -> str:
@@ -314,7 +310,8 @@ def _require_invariance(
         pairs = [([x[found] for x in again], [x[here] for x in whole]) for here, found in ends]
         if all(_close(found, here, size, batch.kind) for found, here in pairs):
             return
-    if not torch.equal(_value(task, batch.output, seed=1), _value(task, batch.output)):
+    first, other = (task.loss_again(batch.output, task.targets, seed).detach() for seed in (1, None))
+    if not torch.equal(first, other):
         raise InvalidArgumentError(
             "loss_fn draws random numbers, so that no sample has a loss of its own: draw them beforehand and pass them "
             "in targets; hessian_diagonal takes the numbers that are drawn."
@@ -361,7 +358,3 @@ def _require_any_size(task: Measurement, output: Any) -> None:
         f"loss_fn works on the batch and not on {len(index)} of its samples ({type(error).__name__}: "
         f"{_first_line(error)}): {HELD}."
     ) from error
-
-
-def _value(task: Measurement, output: Any, seed: int | None = None) -> Tensor:
-    return task.loss_again(output, task.targets, seed).detach().reshape(())
