@@ -175,22 +175,11 @@ def _work(node: Node) -> int:
     return size * (4 if matrix is None else matrix.shape[-2])
 
 
-#: A tensor of a graph, or the edge that names it.
-End = GradientEdge | Tensor
-
-
-def edge_gradients(
-    out: End, into: Sequence[End], cotangent: Tensor, *, create_graph: bool = False
-) -> list[Tensor | None]:
-    """``torch.autograd.grad`` between tensors of a graph that are named by their edges; the graph is kept."""
-    return _gradients(out, into, cotangent, create_graph=create_graph)
-
-
-def batched_gradients(out: End, into: Sequence[End], cotangents: Tensor) -> list[Tensor | None]:
-    """:func:`edge_gradients` of cotangents that are stacked in dim 0, in one pass."""
+def batched_gradients(out: Any, into: Sequence[Any], cotangents: Tensor) -> list[Tensor | None]:
+    """:func:`~.vjp.gradients` of cotangents that are stacked in dim 0, in one pass."""
     with quiet_vmap():
-        return _gradients(out, into, cotangents, is_grads_batched=True)
-
-
-def _gradients(out: Any, into: Sequence[Any], cotangents: Tensor, **how: bool) -> list[Tensor | None]:
-    return list(torch.autograd.grad([out], list(into), [cotangents], retain_graph=True, allow_unused=True, **how))
+        return list(
+            torch.autograd.grad(
+                [out], list(into), [cotangents], retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+        )

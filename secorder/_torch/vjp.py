@@ -22,6 +22,9 @@ CHUNK_BYTES = {"cpu": 1 << 25}
 ACCELERATOR_CHUNK_BYTES = 1 << 28
 PART_OF_FREE_MEMORY = 8
 
+#: A tensor of a graph, or the edge that names it.
+End = GradientEdge | Tensor
+
 
 @contextmanager
 def quiet_vmap() -> Iterator[None]:
@@ -112,7 +115,7 @@ def placeholder(node: Any, number: int) -> Tensor:
     return zero
 
 
-def _ends(inputs: Sequence[Tensor]) -> Any:
+def _ends(inputs: Sequence[End]) -> Any:
     """Where in the graph inputs are."""
     return [getattr(x, "_end", x) for x in inputs]
 
@@ -123,8 +126,8 @@ def _vjp(outputs: list[Tensor], inputs: Sequence[Tensor], cotangents: list[Tenso
 
 
 def gradients(
-    outputs: Tensor | Sequence[Tensor],
-    inputs: Sequence[Tensor],
+    outputs: Tensor | Sequence[End],
+    inputs: Sequence[End],
     cotangents: Sequence[Tensor] | None = None,
     *,
     create_graph: bool = False,
@@ -135,9 +138,10 @@ def gradients(
     """
     if not inputs or (isinstance(outputs, Tensor) and not outputs.requires_grad):  # a constant reaches none
         return [None] * len(inputs)
+    ends: Any = outputs
     try:
         found = torch.autograd.grad(
-            outputs, _ends(inputs), cotangents, retain_graph=True, create_graph=create_graph, allow_unused=True
+            ends, _ends(inputs), cotangents, retain_graph=True, create_graph=create_graph, allow_unused=True
         )
     except RuntimeError as error:
         if is_out_of_memory(error) or is_users_own(error):

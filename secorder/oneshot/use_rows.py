@@ -113,7 +113,7 @@ def gradients_at(
     with ExitStack() as hooks:
         for node in dict.fromkeys(node for node, _ in outputs):
             hooks.enter_context(node.register_prehook(partial(seen.__setitem__, node)))
-        found = gradients(ends, [GradientEdge(node, o.number) for node, o in outputs], cotangents)  # type: ignore[misc]
+        found = gradients(ends, [GradientEdge(node, o.number) for node, o in outputs], cotangents)
     return [seen[node][o.number] if node in seen else g for (node, o), g in zip(outputs, found, strict=True)]
 
 

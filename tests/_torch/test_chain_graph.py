@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder._torch.chain_graph import Kind, batched_gradients, edge_gradients, segments_of
+from secorder._torch.chain_graph import Kind, batched_gradients, segments_of
+from secorder._torch.vjp import gradients
 
 N = 4
 
@@ -95,7 +96,7 @@ def test_gradients_between_edges() -> None:
     assert end.kind == Kind.ELEMENTWISE
     expected = [torch.autograd.grad(torch.sin(start * 2), start, v, retain_graph=True)[0] for v in g]
     output = torch.sin(h * 2)
-    (single,) = edge_gradients(output, [h], g[0])
+    (single,) = gradients(output, [h], [g[0]])
     (both,) = batched_gradients(output, [h], g)
     assert single is not None
     assert both is not None

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._torch.chain_graph import Kind, Segment, batched_gradients, edge_gradients, segments_of
-from ..._torch.vjp import ACCELERATOR_CHUNK_BYTES, chunks
+from ..._torch.chain_graph import Kind, Segment, batched_gradients, segments_of
+from ..._torch.vjp import ACCELERATOR_CHUNK_BYTES, chunks, gradients
 from ...layers.layout import DIM_ZERO
 from ...monitor.progress import progress_bar
 from ...results import Strategy
@@ -306,7 +306,7 @@ def _through(
     if not step.last:
         assert segment.into is not None
         ends, shapes = [*ends, segment.into], [*shapes, segment.shape_before]
-    pulled = edge_gradients(segment.out, ends, weights, create_graph=True)
+    pulled = gradients([segment.out], ends, [weights], create_graph=True)
     found = []
     for index, (end, shape) in enumerate(zip(ends, shapes, strict=True)):
         key = segment.leaves[index] if index < len(segment.leaves) else None

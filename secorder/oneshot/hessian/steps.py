@@ -9,7 +9,8 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from ..._torch.chain_graph import Kind, Segment, edge_gradients
+from ..._torch.chain_graph import Kind, Segment
+from ..._torch.vjp import gradients
 from .layer_block import by_diagonal_alone
 from .layer_graph import LayerGraph
 
@@ -102,7 +103,7 @@ def _gradient_before(step: Step) -> Tensor:
     if step.first is not None:
         return step.first.view_as(gradient) * gradient
     assert segment.into is not None
-    (found,) = edge_gradients(segment.out, [segment.into], gradient)
+    (found,) = gradients([segment.out], [segment.into], [gradient])
     return gradient.new_zeros(segment.shape_before) if found is None else found
 
 
@@ -110,10 +111,10 @@ def _derivatives(segment: Segment, gradient: _Gradient, like: Tensor) -> tuple[T
     """φ′ and φ″ times the gradient, as autograd has them, in shape (N, size); None for a φ″ of zero."""
     assert segment.into is not None
     ones, curved = like.new_ones(()).expand(segment.shape), not segment.piecewise_linear
-    (first,) = edge_gradients(segment.out, [segment.into], ones, create_graph=curved)
+    (first,) = gradients([segment.out], [segment.into], [ones], create_graph=curved)
     if first is None:
         return like.new_zeros(segment.shape).flatten(1), None
-    second = edge_gradients(first, [segment.into], gradient())[0] if curved and first.requires_grad else None
+    second = gradients(first, [segment.into], [gradient()])[0] if curved else None
     count = len(first)
     flat = None if second is None or not bool(second.any()) else second.reshape(count, -1)
     return first.detach().reshape(count, -1), flat
