@@ -22,6 +22,7 @@ from .errors import InvalidArgumentError, InvalidTypeError, SecorderError
 from .monitor.findings import Diagnosis
 from .monitor.terminal import Console
 from .monitor.watch import watch
+from .oneshot.data_set import inputs_and_targets
 from .oneshot.loss import losses
 
 #: Width of what goes into a file or another program, unless ``COLUMNS`` says it.
@@ -192,12 +193,8 @@ def _tried(model: nn.Module, loss_fn: Any, data: Iterable[Any]) -> Iterable[Any]
         raise InvalidArgumentError(f"the data cannot be read: {_in_words(error)}") from error
     if first is None:
         raise InvalidArgumentError(NO_BATCH)
-    pair = (first, None) if isinstance(first, Mapping) else first
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        held = f"a {type(first).__name__}" if not isinstance(first, (tuple, list)) else f"{len(first)} parts"
-        raise InvalidTypeError(f"the data must yield (inputs, targets), got {held}: wrap it in a generator that does.")
     try:
-        losses(model, loss_fn, [(pair[0], pair[1])])
+        losses(model, loss_fn, [inputs_and_targets(first)])
     except SecorderError:
         raise
     except Exception as error:

@@ -228,7 +228,7 @@ def test_command_line_options(factory: str, capsys: pytest.CaptureFixture[str]) 
         (["made_for_test:dicts"], "the call failed without targets: pass targets. (Sequential.forward()"),
         (["made_for_test:Returning.missing"], "has no function 'Returning.missing'"),
         (["made_for_test:exiting"], "made_for_test:exiting failed: SystemExit: usage: train.py"),
-        (["made_for_test:triples"], "must yield (inputs, targets), got 3 parts"),
+        (["made_for_test:triples"], "must yield (inputs, targets), got 3 things"),
         (["made_for_test:one_dict"], "data must be a DataLoader"),
         (["made_for_test:nothing"], "holds no batch"),
         (["made_for_test:factory", "--json", "missing/out.json"], "there is no folder missing for out.json"),

@@ -76,12 +76,13 @@ def batches_of(data: Iterable[Any], sample_dim: int) -> Iterator[tuple[Any, Any]
     What is no pair is inputs alone, as a dict of the model's arguments, its labels among them.
     """
     for batch in data:
-        inputs, targets = _inputs_and_targets(batch)
+        inputs, targets = inputs_and_targets(batch)
         if 0 not in sample_sizes(inputs, sample_dim):
             yield inputs, targets
 
 
-def _inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+    """Those of a batch of a data set."""
     pair = isinstance(batch, (tuple, list))
     if pair and len(batch) in (1, 2):
         return batch[0], batch[1] if len(batch) == 2 else None

@@ -1,6 +1,7 @@
 """The Fisher of layers without a rule, by the operations that take their parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from .output_hessian import output_points
 from .recorded_layer import parts_of_one
 from .roots import Columns
 from .use_rows import ByCotangents, Evidence, follow_uses, gradients_at
+
+#: By layer and parameter, per-sample gradients.
+Pulled = dict[str, dict[str, list[PerSample]]]
 
 
 def by_uses(
@@ -56,31 +60,40 @@ def by_uses(
     if linear and not task.certain and not all(is_builtin(node) for node in users):
         ends = [s for x in mine for s in task.isolated.replacements(x)]
         require_linear_backward(model_outputs, ends, pairs, task.generator)
-    totals = {x.name: parts_of_one(x) for x in mine}
-    once = counted_once({x.name: list(x.parameters.values()) for x in mine})
-    every = [x for x in mine if x.name in once]
+    pulled_back = partial(_pulled_back, task, model_outputs, usable, evidence)
+    totals = _contracted(mine, pairs, pulled_back, 1 / task.num_samples)
+    info = LayerInfo(Strategy.RULE, checks={"rows_are_samples": True})
+    return {
+        name: (values, info if usable[name].uses else LayerInfo(Strategy.UNUSED)) for name, values in totals.items()
+    }
+
+
+def _contracted(
+    layers: Sequence[Layer], pairs: Columns, pulled_back: Callable[[Sequence[Layer], Tensor], Pulled], alpha: float
+) -> dict[str, list[Tensor]]:
+    """α Σ_k Σ_n u_k ⊙ v_k of each layer, by parameter; where others hold all of its parameters, theirs."""
+    totals = {x.name: parts_of_one(x) for x in layers}
+    once = counted_once({x.name: list(x.parameters.values()) for x in layers})
+    every = [x for x in layers if x.name in once]
     for k in range(pairs.num_columns):
         some = pairs.columns(range(k, k + 1))
-        left = _pulled_back(task, model_outputs, every, usable, evidence, some.u[0])
-        right = left if some.v is None else _pulled_back(task, model_outputs, every, usable, evidence, some.v[0])
+        left = pulled_back(every, some.u[0])
+        right = left if some.v is None else pulled_back(every, some.v[0])
         sign = None if some.sign is None else some.sign[0]
         for layer in every:
             for name, total in zip(layer.parameters, totals[layer.name], strict=True):
                 u, v = left[layer.name].get(name, []), right[layer.name].get(name, [])
                 if u:
-                    _add(total, u, v, sign, float(k > 0), 1 / task.num_samples)
+                    _add(total, u, v, sign, float(k > 0), alpha)
                 elif not k:
                     total.zero_()
         del left, right  # before the next are computed
     known = {id(p): total for x in every for p, total in zip(x.parameters.values(), totals[x.name], strict=True)}
-    for layer in mine:
-        if layer.name not in once:  # all of whose parameters others hold
+    for layer in layers:
+        if layer.name not in once:
             for p, total in zip(layer.parameters.values(), totals[layer.name], strict=True):
                 total.copy_(known[id(p)])
-    info = LayerInfo(Strategy.RULE, checks={"rows_are_samples": True})
-    return {
-        name: (values, info if usable[name].uses else LayerInfo(Strategy.UNUSED)) for name, values in totals.items()
-    }
+    return totals
 
 
 def _followed(task: Measurement, layers: Sequence[Layer], users: Users, evidence: Evidence) -> dict[str, Uses]:
@@ -97,11 +110,11 @@ def _followed(task: Measurement, layers: Sequence[Layer], users: Users, evidence
 def _pulled_back(
     task: Measurement,
     model_outputs: Sequence[Tensor],
-    layers: Sequence[Layer],
     usable: dict[str, Uses],
     evidence: Evidence,
+    layers: Sequence[Layer],
     cotangent: Tensor,
-) -> dict[str, dict[str, list[PerSample]]]:
+) -> Pulled:
     """By layer and parameter, the per-sample gradients of one cotangent (N, C) on the outputs."""
     cotangents = [part[0] for part in split_like(cotangent[None], model_outputs)]
     every = list(dict.fromkeys(use.node for uses in usable.values() for use in uses.uses))

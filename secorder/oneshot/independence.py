@@ -291,15 +291,16 @@ def sample_bits(count: int, device: torch.device | None = None) -> Tensor:
 def block_diagonal(
     output_gradients: Sequence[Tensor | None],
     points: Sequence[Tensor],
-    layouts: Sequence[Layout],
     generator: torch.Generator,
+    layouts: Sequence[Layout] | None = None,
 ) -> bool:
-    """Whether a Hessian is block diagonal over samples: exactly zero between any two of them.
+    """Whether a Hessian is block diagonal over samples, by default in dim 0: exactly zero between any two of them.
 
     For each bit of the sample index, a random v on the samples with that bit is multiplied by the Hessian; the other
     samples' rows must be exactly zero. Two samples differ in a bit, so a coupled pair escapes only where the product
     with a random v vanishes: with probability zero in exact arithmetic, or by underflow.
     """
+    layouts = layouts or [DIM_ZERO] * len(points)
     count = layouts[0].size(points[0])
     if count == 1:
         return True

@@ -50,12 +50,9 @@ _OPTIONS = frozenset({
 
 def made_of_samples(loss_fn: Any, output: Any, targets: Any) -> bool:
     """Whether a loss is PyTorch's own, without weights, which may be those of samples, and broadcasts nothing."""
-    if not known_loss(loss_fn):
-        return False
-    options, name = _options(loss_fn)
-    if options is None or not (isinstance(output, Tensor) and isinstance(targets, Tensor)):
-        return options is not None
-    return name not in _BY_ELEMENT or output.shape == targets.shape
+    options, name = _options(loss_fn) if known_loss(loss_fn) else (None, "")
+    tensors = isinstance(output, Tensor) and isinstance(targets, Tensor)
+    return options is not None and (not tensors or name not in _BY_ELEMENT or output.shape == targets.shape)
 
 
 def share_of_samples(loss_fn: Any, output: Any, targets: Any, count: int) -> float | None:
@@ -65,12 +62,10 @@ def share_of_samples(loss_fn: Any, output: Any, targets: Any, count: int) -> flo
     definition does not tell: of another loss, with weights, with labels that do not count, of tensors that are
     broadcast.
     """
-    if not (isinstance(output, Tensor) and isinstance(targets, Tensor) and known_loss(loss_fn)):
-        return None
-    if not output.dim() or output.shape[0] != count or targets.shape[:1] != output.shape[:1]:
+    if not (isinstance(output, Tensor) and isinstance(targets, Tensor) and loss_of_rows(loss_fn)):
         return None
     options, name = _options(loss_fn)
-    if options is None or name not in _ROW_BY_ROW:
+    if options is None or not output.shape[:1] == targets.shape[:1] == (count,):
         return None
     reduction = options.get("reduction", "mean")
     if name in _BY_ELEMENT:

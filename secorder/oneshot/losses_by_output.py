@@ -11,10 +11,11 @@ from torch import Tensor
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import gradients
 from ..errors import CouplingError, NonFiniteError, SecorderError
+from .independence import block_diagonal
 from .known_losses import made_of_samples, share_of_samples, softmax_scale
 from .loss import require_dependence
 from .measurement import Measurement
-from .output_hessian import expose_output, filled, loss_of_output, loss_separates, output_points
+from .output_hessian import expose_output, filled, loss_of_output, output_points
 from .recorded_layer import RecordedLayer
 from .root_forms import cross_entropy_root
 from .roots import Root
@@ -92,9 +93,8 @@ def losses_by_output(
     if share is None and task.create_graph:
         own_gradients(task, batch, second_order=second_order)  # for its checks
     if task.create_graph:  # the cotangents must stay connected to the model
-        points: list[Tensor] = []
         apart = map_tensors(lambda t: t.view_as(t), output)  # nodes of their own, which no other output depends on
-        connected = expose_output(apart, points, task.dimension, detach=False)
+        connected, points = expose_output(apart, task.dimension, detach=False)
         found = gradients(own_losses(task, connected).sum(), points, create_graph=True)
         return SampleLosses(found, points, model_outputs)
     if share is None:
@@ -123,7 +123,7 @@ def _own_gradients(task: Measurement, batch: BatchLoss, output: Any, loss: Tenso
 
 
 def _require_separate(task: Measurement, batch: BatchLoss) -> None:
-    if not loss_separates(batch.gradients, batch.points, task.generator):
+    if not block_diagonal(batch.gradients, batch.points, task.generator):
         raise CouplingError(
             "the loss couples the samples of a batch (a contrastive loss, a batch statistic), so that per-sample "
             "gradients are not defined: use a loss that is a mean or sum over samples; hessian_diagonal stays exact."

@@ -10,16 +10,9 @@ from torch import Tensor
 from .._torch.failures import is_missing_graph
 from .._torch.pytree import map_tensors
 from .._torch.vjp import chunks, default_chunk_size, split_like, stacked_vjp
-from ..layers.layout import DIM_ZERO
-from .independence import block_diagonal
 
 #: Tells which dimension of an output tensor holds the samples.
 Dimensions = Callable[[Tensor], int | None]
-
-
-def loss_separates(gradients: Sequence[Tensor | None], points: Sequence[Tensor], generator: torch.Generator) -> bool:
-    """Whether a loss of outputs ``points`` (samples in dim 0) is a sum over samples, to second order."""
-    return block_diagonal(gradients, points, [DIM_ZERO] * len(points), generator)
 
 
 def loss_of_output(
@@ -30,8 +23,7 @@ def loss_of_output(
     None where the loss does not go by the output alone: it cannot be computed there (it differentiates the model, say),
     has another value (it draws random numbers), or does not depend on the leaves at all.
     """
-    points: list[Tensor] = []
-    exposed = expose_output(output, points, dims, detach=True)
+    exposed, points = expose_output(output, dims, detach=True)
     try:
         again = loss_fn(exposed, targets)
     except RuntimeError as error:
@@ -71,12 +63,13 @@ def output_hessian(gradients: Sequence[Tensor | None], points: Sequence[Tensor],
     return torch.cat(rows).permute(1, 0, 2)
 
 
-def expose_output(output: Any, points: list[Tensor], dims: Dimensions | None, *, detach: bool) -> Any:
-    """The model's output, made of new points with samples in dim 0, which are entered in ``points``.
+def expose_output(output: Any, dims: Dimensions | None, *, detach: bool) -> tuple[Any, list[Tensor]]:
+    """The model's output, made of new points with samples in dim 0, and these.
 
     Real ones of complex tensors; with ``detach`` leaves of equal value in the same memory, else views. Without ``dims``
     the whole output is one sample, points of shape ``(1, numel)``.
     """
+    points: list[Tensor] = []
 
     def replace(tensor: Tensor) -> Tensor:
         if not tensor.requires_grad:
@@ -88,11 +81,9 @@ def expose_output(output: Any, points: list[Tensor], dims: Dimensions | None, *,
         result = points[-1].view(real.shape) if dim is None else points[-1].movedim(0, dim) if dim else points[-1]
         return torch.view_as_complex(result.contiguous()) if tensor.is_complex() else result
 
-    return map_tensors(replace, output)
+    return map_tensors(replace, output), points
 
 
 def output_points(output: Any, dims: Dimensions | None) -> list[Tensor]:
     """The points of :func:`expose_output` that are on the model's graph."""
-    points: list[Tensor] = []
-    expose_output(output, points, dims, detach=False)
-    return points
+    return expose_output(output, dims, detach=False)[1]

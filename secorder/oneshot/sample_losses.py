@@ -326,11 +326,10 @@ def _exchanged(
     task: Measurement, output: Any, order: list[int], rows: bool, vectors: Sequence[Tensor] | None
 ) -> list[Tensor]:
     """The derivatives of the loss of samples in another order, in that order."""
-    leaves: list[Tensor] = []
     permuted, targets = task.cut(output, order)
     if rows:
         _, targets = task.cut(output, order, rows=True)
-    exposed = expose_output(permuted, leaves, task.dimension, detach=True)
+    exposed, leaves = expose_output(permuted, task.dimension, detach=True)
     del permuted
     loss = task.loss_again(exposed, targets).reshape(())
     del exposed, targets

@@ -48,10 +48,7 @@ class Ranks:
 
         One all-reduce for each dimension of the mesh; the numbers are read on the host.
         """
-        found = self.of_all_samples(self._numbers(numbers))
-        for axis, dim in self.tensor:
-            all_reduce(found, op=dist.ReduceOp.MAX, group=axis.get_group(dim))
-        return found.tolist()
+        return _reduced(self.of_all_samples(self._numbers(numbers)), self.tensor, dist.ReduceOp.MAX).tolist()
 
     def any(self, flag: bool) -> bool:
         """Whether something is so on any rank."""
@@ -63,10 +60,7 @@ class Ranks:
 
     def most(self, tensor: Tensor) -> Tensor:
         """The largest of each element on any rank."""
-        found = tensor.clone()
-        for axis, dim in (*self.data, *self.tensor):
-            all_reduce(found, op=dist.ReduceOp.MAX, group=axis.get_group(dim))
-        return found
+        return _reduced(tensor, (*self.data, *self.tensor), dist.ReduceOp.MAX)
 
     def agree(self, layer: str, *, bad: bool) -> bool:
         """Whether a layer's batch, of which this rank has formed its part, is bad on any rank.
@@ -89,17 +83,18 @@ class Ranks:
 
     def of_all_samples(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the ranks that have samples of their own."""
-        return _sum(tensor, self.data)
+        return _reduced(tensor, self.data)
 
     def of_all_parts(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the ranks that have parts of the layers."""
-        return _sum(tensor, self.tensor)
+        return _reduced(tensor, self.tensor)
 
 
-def _sum(tensor: Tensor, axes: Sequence[Axis]) -> Tensor:
+def _reduced(tensor: Tensor, axes: Sequence[Axis], op: "dist.ReduceOp.RedOpType | None" = None) -> Tensor:
+    """A tensor reduced over some dimensions of a mesh: its sum if no ``op`` is given."""
     found = tensor.clone() if axes else tensor
     for axis, dim in axes:
-        all_reduce(found, group=axis.get_group(dim))
+        all_reduce(found, op=op, group=axis.get_group(dim))
     return found
 
 

@@ -22,7 +22,7 @@ from ..known_losses import loss_of_rows, softmax_scale
 from ..loss import require_dependence
 from ..losses_by_output import precise_share
 from ..measurement import Measurement
-from ..output_hessian import loss_of_output, loss_separates, output_points
+from ..output_hessian import loss_of_output, output_points
 from ..recorded_layer import layout_options, layouts_by_graph
 from ..recording import Recording, recorded
 from .budget import Budget
@@ -229,7 +229,7 @@ def _side(task: Measurement, found: Findings, output: Any, loss: Tensor) -> Outp
     if loss_of_rows(task.loss_fn) and task.of_rows(output):
         side.scale = _scale_of_softmax(task, output)
         return side if live else None
-    return side if live and loss_separates(side.output_gradients, side.points, task.generator) else None
+    return side if live and block_diagonal(side.output_gradients, side.points, task.generator) else None
 
 
 def _scale_of_softmax(task: Measurement, output: Tensor) -> float | None:
@@ -386,6 +386,6 @@ def _independent(task: Measurement, graphs: list[LayerGraph]) -> bool:
     return block_diagonal(
         [g for graph in graphs for g in graph.output_gradients],
         [leaf for graph in graphs for leaf in graph.leaves],
-        [layout for graph in graphs for layout in graph.layouts],
         task.generator,
+        [layout for graph in graphs for layout in graph.layouts],
     )
