@@ -95,7 +95,7 @@ class LossReduction:
     def _found(self, first: CountedBatch, following: Batch) -> Kind:
         """As the loss's definition or its values tell, else as it was told."""
         try:
-            return find_reduction(self._model, self._loss_fn, first, self._dim, following)
+            return self._reduction(first, following)
         except InvalidArgumentError as error:
             if self._specified is not None:
                 if isinstance(error, NeitherMeanNorSum):
@@ -105,7 +105,7 @@ class LossReduction:
 
     def _confirm(self, batch: CountedBatch) -> None:
         try:
-            found = find_reduction(self._model, self._loss_fn, batch, self._dim)
+            found = self._reduction(batch)
         except NeitherMeanNorSum:
             raise
         except InvalidArgumentError:  # too few samples
@@ -113,64 +113,80 @@ class LossReduction:
         if found != self.kind:
             raise NeitherMeanNorSum(f"{NEITHER}: {ADVICE}")
 
+    def _reduction(self, first: CountedBatch, following: Batch | None = None) -> Kind:
+        """By the loss's definition, or from a batch and the batch's two parts.
 
-def find_reduction(
-    model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
-    first: CountedBatch,
-    dim: int,
-    following: Batch | None = None,
-) -> Kind:
-    """How a loss reduces samples, by its definition, or from a batch and the batch's two parts.
+        Where the first batch holds one sample, or two alike, it and the following one are the parts of one.
+        """
+        inputs, targets, count = first
+        defined = defined_reduction(self._loss_fn, targets)
+        if defined is not None:
+            return defined
+        dim, cut, both = self._dim, count // 3 or count // 2, None
+        if cut:
+            sizes, whole = (cut, count - cut), (inputs, targets)
+            parts, owned = (range(cut), range(cut, count)), owned_batch(inputs, targets, dim)
+            both = [part_of_batch(inputs, targets, count, dim, part, owned=owned) for part in parts]
+        if count < 3 and following is not None and (not both or _alike(*both)):
+            joined = _joined((inputs, targets), following, count, dim)
+            sizes, both = (count, batch_size(*following, dim)), None if joined is None else [first[:2], following]
+            whole = joined or whole
+        if both and not (sum(sizes) < 3 and _alike(*both)):  # of one class, weights of classes do not show
+            found = self._of_parts(whole, both, sizes)
+            if found is not None:
+                return found
+        raise InvalidArgumentError(
+            f"it cannot be determined whether the loss is a mean or a sum over samples: {ADVICE}"
+        )
 
-    Where the first batch holds one sample, or two alike, it and the following one are the parts of one.
-    """
-    inputs, targets, count = first
+    def _of_parts(self, whole: Batch, both: list[Batch], sizes: tuple[int, int]) -> Kind | None:
+        """Whether loss and gradient of a batch are the mean or sum of those of its parts; None if nothing tells."""
+        ways: list[Callable[[], list[LossAndGradient] | None]] = [partial(self._by_output, whole, sizes)]
+        # In evaluation mode where training mode says neither: dropout and statistics of the batch are not the loss's.
+        for evaluation in (False, True) if any(m.training for m in self._model.modules()) else (False,):
+            batches = [whole, *both]
+            ways.append(partial(losses_and_gradients, self._model, self._loss_fn, batches, evaluation=evaluation))
+        ran = False
+        for way in ways:
+            try:
+                found = way()
+            except Exception:  # of parts: the whole was measured
+                continue
+            if found is None:
+                continue
+            ran, kinds = True, _kinds(found, sizes)
+            if kinds:
+                return kinds[0] if len(kinds) == 1 else None
+            if way is ways[0]:
+                break
+        if not ran:
+            return None
+        raise NeitherMeanNorSum(f"{NEITHER}: {ADVICE}")
 
-    defined = defined_reduction(loss_fn, targets)
-    if defined is not None:
-        return defined
-    cut, both = count // 3 or count // 2, None
-    if cut:
-        sizes, whole = (cut, count - cut), (inputs, targets)
-        parts, owned = (range(cut), range(cut, count)), owned_batch(inputs, targets, dim)
-        both = [part_of_batch(inputs, targets, count, dim, part, owned=owned) for part in parts]
-    if count < 3 and following is not None and (not both or _alike(*both)):
-        joined = _joined((inputs, targets), following, count, dim)
-        sizes, both = (count, batch_size(*following, dim)), None if joined is None else [first[:2], following]
-        whole = joined or whole
-    if both and not (sum(sizes) < 3 and _alike(*both)):  # of one class, weights of classes do not show
-        found = _of_parts(model, loss_fn, whole, both, sizes, dim)
-        if found is not None:
-            return found
-    raise InvalidArgumentError(f"it cannot be determined whether the loss is a mean or a sum over samples: {ADVICE}")
+    def _by_output(self, whole: Batch, sizes: tuple[int, int]) -> list[LossAndGradient] | None:
+        """The losses of a batch and its two parts, and their gradients in the model's output on the batch.
 
-
-def _of_parts(
-    model: nn.Module, loss_fn: Any, whole: Batch, both: list[Batch], sizes: tuple[int, int], dim: int
-) -> Kind | None:
-    """Whether loss and gradient of a batch are the mean or the sum of those of its parts; None if nothing tells."""
-    by_output = partial(_by_output, model, loss_fn, whole, sizes, dim)
-    ways: list[Callable[[], list[LossAndGradient] | None]] = [by_output]
-    # In evaluation mode where training mode says neither: dropout and statistics of the batch are not the loss's.
-    for evaluation in (False, True) if any(m.training for m in model.modules()) else (False,):
-        ways.append(partial(losses_and_gradients, model, loss_fn, [whole, *both], evaluation=evaluation))
-    ran = False
-    for way in ways:
-        try:
-            found = way()
-        except Exception:  # of parts: the whole was measured
-            continue
-        if found is None:
-            continue
-        ran, kinds = True, _kinds(found, sizes)
-        if kinds:
-            return kinds[0] if len(kinds) == 1 else None
-        if way is by_output:
-            break
-    if not ran:
-        return None
-    raise NeitherMeanNorSum(f"{NEITHER}: {ADVICE}")
+        None where the loss goes by more than that, or it is not known whose all of the output is.
+        """
+        model, dim, (inputs, targets), count = self._model, self._dim, whole, sum(sizes)
+        rows = any(t.dim() and t.shape[0] > count for t in tensors_in(targets))
+        with isolate(model, self._loss_fn, select_layers(model, "all", unchecked=True), direct=True) as isolated:
+            replacements = [isolated.replacement(p) for p in parameters_of(model)]
+            output = map_tensors(torch.detach, without_gradients(isolated.forward, inputs))
+            points = [t.requires_grad_() for t in tensors_in(output) if t.is_floating_point()]
+            places = [sample_dimension(t, count, dim) for t in points]
+            if not places or None in places:
+                return None
+            found: list[LossAndGradient] = []
+            for index in (range(count), range(sizes[0]), range(sizes[0], count)):
+                (part,) = take_samples([output], index, count, dim)
+                (own,) = take_samples([targets], index, count, dim, rows=rows)
+                with isolated.loss_once_more() if found else nullcontext():
+                    loss = check_loss(on_copies(self._loss_fn)(part, own), isolated, inputs)
+                if not loss.requires_grad or any(g is not None for g in gradients(loss, replacements)):
+                    return None
+                found.append(LossAndGradient.of(loss, points))
+        return found
 
 
 def _kinds(found: Sequence[LossAndGradient], sizes: tuple[int, int]) -> list[Kind]:
@@ -180,34 +196,6 @@ def _kinds(found: Sequence[LossAndGradient], sizes: tuple[int, int]) -> list[Kin
         "sum": (1.0, 1.0),
     }
     return [kind for kind, of_parts in weights.items() if _is_combination(found[0], found[1:], of_parts)]
-
-
-def _by_output(
-    model: nn.Module, loss_fn: Any, whole: Batch, sizes: tuple[int, int], dim: int
-) -> list[LossAndGradient] | None:
-    """The losses of a batch and its two parts, and their gradients in the model's output on the batch.
-
-    None where the loss goes by more than that, or it is not known whose all of the output is.
-    """
-    (inputs, targets), count = whole, sum(sizes)
-    rows = any(t.dim() and t.shape[0] > count for t in tensors_in(targets))
-    with isolate(model, loss_fn, select_layers(model, "all", unchecked=True), direct=True) as isolated:
-        replacements = [isolated.replacement(p) for p in parameters_of(model)]
-        output = map_tensors(torch.detach, without_gradients(isolated.forward, inputs))
-        points = [t.requires_grad_() for t in tensors_in(output) if t.is_floating_point()]
-        places = [sample_dimension(t, count, dim) for t in points]
-        if not places or None in places:
-            return None
-        found: list[LossAndGradient] = []
-        for index in (range(count), range(sizes[0]), range(sizes[0], count)):
-            (part,) = take_samples([output], index, count, dim)
-            (own,) = take_samples([targets], index, count, dim, rows=rows)
-            with isolated.loss_once_more() if found else nullcontext():
-                loss = check_loss(on_copies(loss_fn)(part, own), isolated, inputs)
-            if not loss.requires_grad or any(g is not None for g in gradients(loss, replacements)):
-                return None
-            found.append(LossAndGradient.of(loss, points))
-    return found
 
 
 def _is_combination(whole: LossAndGradient, parts: Sequence[LossAndGradient], weights: Sequence[float]) -> bool:

@@ -51,6 +51,13 @@ class Recording:
         """The forward and the loss ran: what is differentiated, or called, from now on is work of ours."""
         self.watch.open = False
 
+    def note(self, name: str, outer: int) -> None:
+        """Of a layer that runs, take down whether it hides; ``outer`` is the backward that ran before all, if any."""
+        if not torch.is_grad_enabled():
+            self.without_graph.add(name)
+        elif backward_since(outer) and name in self.without_graph:
+            self.hidden.add(name)
+
     def unusable(self) -> set[str]:
         """Layers whose recorded calls do not tell all.
 
@@ -132,13 +139,7 @@ def seen(layers: Sequence[Layer]) -> Iterator[Recording]:
     """Records of layers nothing but whether they hide: of such come no gradients, and they would pass for unused."""
     recording, outer = Recording(), current_backward()
 
-    def see(name: str, output: Any) -> None:
-        if not torch.is_grad_enabled():
-            recording.without_graph.add(name)
-        elif backward_since(outer) and name in recording.without_graph:
-            recording.hidden.add(name)
-
-    with outputs_seen([(layer.name, layer.enclosing) for layer in layers], see):
+    with outputs_seen([(x.name, x.enclosing) for x in layers], lambda name, _: recording.note(name, outer)):
         yield recording
 
 
@@ -240,10 +241,7 @@ class _Tap:
         if inside_transform():
             recording.watch.differentiated.add(name)
             return None
-        if not torch.is_grad_enabled():
-            recording.without_graph.add(name)
-        elif self.recomputing() and name in recording.without_graph:
-            recording.hidden.add(name)
+        recording.note(name, self.outer)
         if not self.recomputing():
             tensors = tuple(tensors_in((args, kwargs) if kwargs else args))
             recording.versions.extend((name, x, version(x)) for x in tensors)

@@ -66,9 +66,9 @@ def test_columns_that_fit_no_cache_together_are_timed_together(monkeypatch: pyte
         columns = tried[-1]
         return 1e-3 + 1e-5 * columns * (1 if columns <= 64 else 3)
 
-    def trial(task: Any, kind: Any, draws: int, given: Any) -> Any:
+    def trial(task: Any, asked: Any, given: Any) -> Any:
         tried.append(given.columns)
-        return real(task, kind, draws, given)
+        return real(task, asked, given)
 
     real = module._tried
     monkeypatch.setattr(module, "_tried", trial)
