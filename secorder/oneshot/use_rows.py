@@ -18,10 +18,14 @@ from .._torch.sample_graph import SHARED, InnerSizes
 from .._torch.vjp import gradients
 from ..layers.layout import Layout, layout_of, layouts_of
 from ..layers.uses import Route, Uses, find_uses
+from .cotangents import measured_rounding
 from .independence import over_samples, rows_weighted, sample_weights, weight_draws
 
 #: How often further operations are looked at.
 ROUNDS = 24
+
+#: How many random weights tell where fewer digits than those of either end are looked at.
+_DRAWS = 3
 
 Parameters = Mapping[str, Mapping[str, Tensor]]
 
@@ -188,11 +192,42 @@ class ByCotangents(Evidence):
                     for i, held in zip(ids, holds.tolist(), strict=True):
                         if not held and layout in options[i]:
                             options[i].remove(layout)
+        unsettled = {i: g for i, g in enumerate(plain) if g is not None and not options[i]}
+        for i, choices in self._with_fewer_digits(outputs, unsettled).items():
+            options[i] = choices
         for shape, ids in alike.items():
             moved = (before[shape].reshape(len(ids), -1) != 0).any(1).tolist()
             for i, here in zip(ids, moved, strict=True):
                 (self.moved if here else self.blank).add(outputs[i][0])
         return [next(iter(choices), None) for choices in options]
+
+    def _with_fewer_digits(
+        self, outputs: Sequence[tuple[Node, Output]], plain: Mapping[int, Tensor]
+    ) -> dict[int, list[Layout]]:
+        """The layouts of outputs, by their numbers, to the rounding that their gradients (``plain``) show themselves.
+
+        A part of the model on the way may compute in fewer digits than either end.
+        """
+        plain = {i: g for i, g in plain.items() if layouts_of(g.shape, self.count)}
+        if not plain:
+            return {}
+        asked = [outputs[i] for i in plain]
+
+        def at(cotangents: Sequence[Tensor]) -> dict[int, Tensor]:
+            found = gradients_at(self.outputs, asked, cotangents)
+            return {id(g): torch.zeros_like(g) if f is None else f for g, f in zip(plain.values(), found, strict=True)}
+
+        own = {id(g): g for g in plain.values()}
+        noise = measured_rounding(list(plain.values()), own, lambda number: at([number * c for c in self.plain]))
+        draws = [(weights, at(cotangents)) for weights, cotangents in self.weighted(_DRAWS)]
+
+        def holds(layout: Layout, g: Tensor) -> bool:
+            return all(
+                bool(rows_weighted(g[None], found[id(g)][None], weights, layout, noise=noise[id(g)]))
+                for weights, found in draws
+            )
+
+        return {i: [o for o in layouts_of(g.shape, self.count) if holds(o, g)] for i, g in plain.items()}
 
 
 def _of_leaves(node: Node) -> bool:

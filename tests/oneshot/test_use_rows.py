@@ -40,6 +40,22 @@ def test_few_digits_inside_or_at_the_end_hide_no_order_of_rows(seed: int, kind: 
     assert evidence.layouts[use.node] == [Layout(0, 2, sample_major=False)]
 
 
+@pytest.mark.parametrize("inside", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(20))
+def test_fewer_digits_on_the_way_than_at_either_end(inside: torch.dtype, seed: int) -> None:
+    """Taken for an operation that no sample owns, it would be followed to the end of the model, and run once a sample."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = torch.float64 if inside is torch.float32 else torch.float32
+    x = torch.randn(N * T, 5, dtype=kind, generator=generator)
+    table = torch.randn(T, 5, dtype=kind, generator=generator, requires_grad=True)
+    w = torch.randn(5, 2, dtype=kind, generator=generator)
+    z = ((x.view(N, T, 5) + 2 * table).to(inside).tanh().to(kind) @ w).sum(1)
+    evidence, routes = ByCotangents([(z, DIM_ZERO)], N, generator), {"table": frozenset[tuple[str, ...]]()}
+    (use,) = follow_uses(users_of([z]), {"table": {"table": table}}, evidence, routes, known=False)["table"].uses
+    assert (use.node.name(), evidence.layouts[use.node]) == ("AddBackward0", [DIM_ZERO])
+    assert routes["table"] == {("table", "MulBackward0 0")}
+
+
 def test_outputs_that_nothing_depends_on_do_not_hide_where_samples_are() -> None:
     """The states behind the last step of a recurrent layer: it would be followed, and run once a sample."""
     core, x = torch.nn.LSTM(3, 2, batch_first=True), torch.randn(N, T, 3)
