@@ -43,7 +43,7 @@ def test_few_digits_inside_or_at_the_end_hide_no_order_of_rows(seed: int, kind: 
 @pytest.mark.parametrize("inside", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(20))
 def test_fewer_digits_on_the_way_than_at_either_end(inside: torch.dtype, seed: int) -> None:
-    """Taken for an operation that no sample owns, it would be followed to the end of the model, and run once a sample."""
+    """Taken for an operation that no sample owns, it would be followed to the model's end, and run for each sample."""
     generator = torch.Generator().manual_seed(seed)
     kind = torch.float64 if inside is torch.float32 else torch.float32
     x = torch.randn(N * T, 5, dtype=kind, generator=generator)

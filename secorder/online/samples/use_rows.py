@@ -81,15 +81,19 @@ def rows_of_uses(
             if uses is not None and not passed_by:
                 result.hidden.add(name)
             continue
-        result.known[name] = [
-            (layout, place, output.shape)
+        told = [
+            (use.node, (layout, place, output.shape))
             for use in uses.uses
             for layout, place, output in zip(evidence.layouts[use.node], use.places, use.outputs, strict=True)
             if layout is not None
         ]
+        # Where no gradient comes zeros would do for samples anywhere; what comes to another at the same place tells.
+        seen = {(place, shape) for node, (_, place, shape) in told if node not in evidence.blank}
+        blank = [(node, call) for node, call in told if node in evidence.blank and call[1:] not in seen]
+        result.known[name] = [call for node, call in told if node not in evidence.blank or (node, call) in blank]
         if any(use.node in evidence.moved for use in uses.uses):
             result.reached.add(name)
-        if any(use.node in evidence.blank for use in uses.uses):
+        if blank:
             result.blank.add(name)
     if routed is not None:
         result.unknown |= _routed(parameters, result, routed, arguments, chosen)

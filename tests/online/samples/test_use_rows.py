@@ -46,3 +46,36 @@ def test_samples_that_mix_have_no_rows() -> None:
     graph = ForwardGraph((x * w).mean(0), [[]], N, hooked=False)
     found = rows_of_uses({"": {"w": w}}, lambda x: (x * w).mean(0), x, Hypothesis((0,), N), graph, {}, routed=None)
     assert found.unknown == {""}
+
+
+def test_a_use_that_no_gradient_comes_to_is_told_by_another_at_the_same_place() -> None:
+    """The first step of a recurrence that is set back at its start, by a mask: zeros would do for samples anywhere."""
+    x, w, v = torch.randn(N, T, 5), torch.randn(5, requires_grad=True), torch.randn(5, requires_grad=True)
+    keep = torch.tensor([0.0, 1.0, 1.0])
+
+    def forward(x: Tensor) -> Tensor:
+        h = x[:, 0]
+        for t in range(T):
+            h = Unknown.apply(keep[t] * (h * v + w)) + x[:, t]
+        return h
+
+    graph = ForwardGraph(forward(x), [[Layout(0)]], N, hooked=False)
+    found = rows_of_uses({"": {"w": w}}, forward, x, Hypothesis((0,), N), graph, {}, routed=None)
+    assert not found.blank
+    assert {layout for layout, *_ in found.known[""]} == {Layout(0)}
+    keep.zero_()
+    graph = ForwardGraph(forward(x), [[Layout(0)]], N, hooked=False)
+    found = rows_of_uses({"": {"w": w}}, forward, x, Hypothesis((0,), N), graph, {}, routed=None)
+    assert found.blank == {""}
+
+
+class Unknown(torch.autograd.Function):
+    """A function that the graph does not tell of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
