@@ -121,8 +121,10 @@ def require_number(name: str, value: Any, *, zero: bool = False) -> None:
         raise InvalidArgumentError(f"{name} must be {'zero or ' if zero else ''}positive, got {value!r}.")
 
 
-def require_path(name: str, value: Any) -> None:
-    """Raise unless an argument is the path of a file or a folder."""
+def require_path(name: str, value: Any, *, or_with: str = "") -> None:
+    """Raise unless an argument is the path of a file or a folder; or has a method, as open files have ``"read"``."""
+    if or_with and hasattr(value, or_with):
+        return
     if not isinstance(value, (str, PathLike)):
         raise InvalidTypeError(f"{name} must be the path of a file or folder, got {shown(value)}.")
     if not os.fspath(value):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._arguments import require_path
 from ._sharing import held_before
 from ._torch.views import joined
 from .errors import InvalidArgumentError, InvalidTypeError
@@ -305,9 +306,7 @@ class Diagonals(dict[str, Tensor]):
             InvalidArgumentError: the parameters are sharded, so that this rank holds only a part.
         """
         if self._shards:
-            raise InvalidArgumentError(
-                "sharded diagonals are a part of a whole: gather them with whole() and save that."
-            )
+            raise InvalidArgumentError("sharded diagonals are a part: gather them with whole(), and save that.")
         return {
             "version": 1,
             "values": dict(self),
@@ -335,23 +334,23 @@ class Diagonals(dict[str, Tensor]):
             parameters = {n: [(p, torch.Size(shape)) for p, shape in parts] for n, parts in state["parameters"].items()}
             errors = state["standard_error"]
             sizes = {n: sum(shape.numel() for _, shape in parts) for n, parts in parameters.items()}
-            whole = all(
+            if not all(
                 held.keys() == info.keys() == sizes.keys()
                 and all(held[n].shape == (size,) for n, size in sizes.items())
                 for held in ([state["values"]] if errors is None else [state["values"], errors])
-            )
+            ):
+                raise ValueError("sizes do not agree")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InvalidArgumentError(_FOREIGN) from error
-        if not whole:
-            raise InvalidArgumentError(_FOREIGN)
         return _rebuild(state["values"], info, errors, state["layer_types"], parameters, {}, state.get("repeated", {}))
 
     def save(self, file: Any) -> None:
         """Write to a path or an open file; see :meth:`load`.
 
         Raises:
-            InvalidArgumentError: as :meth:`state_dict`.
+            InvalidArgumentError, InvalidTypeError: as :meth:`state_dict`; it is neither a path nor a file.
         """
+        require_path("file", file, or_with="write")
         torch.save(self._mapped(lambda t: t.detach().clone()).state_dict(), file)
 
     @classmethod
@@ -365,6 +364,7 @@ class Diagonals(dict[str, Tensor]):
         Raises:
             InvalidArgumentError: the file holds something else.
         """
+        require_path("file", file, or_with="read")
         try:
             state = torch.load(file, map_location=map_location, weights_only=True)
         except OSError:  # there is no file, say

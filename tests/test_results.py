@@ -119,6 +119,14 @@ def test_what_diagonals_cannot_be_combined_with(other: Any) -> None:
         measured(method="exact") * other
 
 
+@pytest.mark.parametrize("file", [None, 3, [], b"x"])
+def test_what_is_neither_a_path_nor_a_file_is_refused(file: Any) -> None:
+    diagonals = measured()
+    for use in (diagonals.save, Diagonals.load):
+        with pytest.raises(InvalidTypeError, match="file must be the path of a file"):
+            use(file)
+
+
 def test_files_of_something_else(tmp_path: Path) -> None:
     found, file = measured(method="exact"), tmp_path / "file.pt"
     torch.save(found, file)
