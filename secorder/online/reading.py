@@ -165,7 +165,7 @@ def readable(fisher: OnlineFisher, missing: Missing, read: Read | None) -> tuple
     require_one_of("missing", missing, get_args(Missing))
     if troubles and (missing == "raise" or len(troubles) == len(fisher.layers)):
         raise _troubled(troubles)
-    for assumed in filter(None, (fisher.assumed, fisher.troubles.unseen)):
+    for assumed in filter(None, (fisher.assumed, fisher.troubles.unseen, fisher.sizes.assumed)):
         fisher.troubles.warn(assumed)
     counts = counts_of(fisher, window)
     if not any(count.samples for count in counts.values()):

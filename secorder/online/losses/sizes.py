@@ -22,6 +22,20 @@ _MEAN = (
     'pass reduction="mean".'
 )
 
+_ROOT = (
+    "in batches of {} and of {} samples, the loss divides each sample's by the root of their number, as neither a mean "
+    "nor a sum does: pass reduction= with a function of the model's arguments that returns the weights c_n of "
+    "L = Σ_n c_n ℓ_n."
+)
+
+_ONE_SIZE = (
+    "every batch had {} samples, so that it cannot be told whether a factor in the loss is one over their number, as "
+    'was assumed, or a constant: pass loss_scale=1 for the former, or reduction="sum" and loss_scale=1 for the latter.'
+)
+
+#: Of so few samples, constants are often as many, or a multiple of it.
+FEW = 4
+
 
 def as_a_mean(path: Path, samples: int) -> float:
     """What a path multiplies the mean over the samples by."""
@@ -36,10 +50,16 @@ class Sizes:
     factors: Sequence[float] = ()  #: what its paths multiply the mean over them by
     compared: bool = False  #: whether one of another size was looked at
     agree: bool = False  #: whether the latest one of another size was as is specified
+    divided: bool = False  #: whether a sum of few samples was taken to be divided by their number
 
     def wants(self, samples: int) -> bool:
         """Whether a batch of so many samples is to be looked at."""
         return not self.compared and samples > 1 and self.samples not in (0, samples)
+
+    @property
+    def assumed(self) -> str:
+        """What was assumed of batches of one size, of few samples; else empty."""
+        return _ONE_SIZE.format(self.samples) if self.divided and not self.compared else ""
 
     def differ(self, paths: Collection[Path], told: str, samples: int) -> str:
         """Why a loss is not the mean, or sum, that it is told to be; empty where that does not show, or at first."""
@@ -47,13 +67,18 @@ class Sizes:
         if not self.samples:
             self.samples, self.factors = samples, factors
         if samples == self.samples:
+            self.divided = told == "mean" and samples <= FEW and any(x.power < 0 and not x.mean for x in paths)
             return ""
         self.compared = True
         size = samples / self.samples
         as_told, otherwise = (1.0, size) if told == "mean" else (size, 1.0)  # what factors of both grow by
         before, now = _unmatched(self.factors, factors, as_told)
         self.agree = not before and not now
-        if not before or not now or any(_unmatched(before, now, otherwise)):
+        if not before or not now:
+            return ""
+        if not any(_unmatched(before, now, size**0.5)):
+            return _ROOT.format(self.samples, samples)
+        if any(_unmatched(before, now, otherwise)):
             return ""
         return (_SUM if told == "mean" else _MEAN).format(self.samples, samples, now[-1] / samples)
 

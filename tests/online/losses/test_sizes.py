@@ -1,5 +1,6 @@
 """What a loss is multiplied by goes with the number of samples, or does not: seen in batches of two sizes."""
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -110,6 +111,53 @@ def test_micro_batches_that_are_weighted_by_their_sizes(name: str, sizes: tuple[
 def test_a_sum_of_batches_of_several_sizes_is_told_what_to_pass() -> None:
     came = follow(make(), [data(n) for n in (4, 4, 2)], lambda m, b: F.cross_entropy(m(b[0]), b[1]) * (len(b[0]) / 10))
     assert all('reduction="sum", and loss_scale=' in x and "(0.1)" in x for x in came.refused.values()), came.refused
+
+
+def test_the_root_of_the_number_of_samples_makes_neither_a_mean_nor_a_sum() -> None:
+    def loss(z: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(z, t, reduction="sum") / len(z) ** 0.5
+
+    assert followed(loss, "mean", 6, 5).refused
+    came = followed(loss, "sum", 6, 5)
+    assert came.refused
+    assert all("the root of their number" in reason for reason in came.refused.values()), came.refused
+
+
+#: Sums, and what they are divided by in batches that may be of few samples.
+DIVIDED: dict[str, Criterion] = {
+    "a sum": lambda z, t: F.cross_entropy(z, t, reduction="sum") / 2,
+    "a term": lambda z, t: F.cross_entropy(z, t) + 0.5 * z.square().sum(),
+    "by ranks": lambda z, t: F.cross_entropy(z, t, reduction="sum") / 8,
+}
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_what_may_be_a_constant_where_all_batches_are_of_as_few_samples(name: str) -> None:
+    def warned(*sizes: int, **options: object) -> list[str]:
+        model = make()
+        with CurvatureProbe(model, **options) as probe:  # type: ignore[arg-type]
+            for x, t in map(data, sizes):
+                model.zero_grad()
+                DIVIDED[name](model(x), t).backward()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                probe.fisher_diagonal()
+        return [str(x.message) for x in caught if "every batch" in str(x.message)]
+
+    assert warned(2, 2, 2)
+    assert not warned(2, 2, 2, loss_scale=1.0)
+
+
+def test_a_mean_of_few_samples_is_one_in_batches_of_another_size() -> None:
+    def loss(z: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(z, t, reduction="sum") / len(z)
+
+    said = followed(loss, "mean", 2, 2, 2).warned
+    assert any("every batch had 2 samples" in x for x in said)
+    for sizes in ((2, 2, 3), (3, 2, 2, 2), (8, 8, 8)):
+        came = followed(loss, "mean", *sizes)
+        assert came.exact
+        assert not came.warned
 
 
 def test_one_more_batch_is_looked_at() -> None:
