@@ -55,7 +55,7 @@ from .losses_by_output import SampleLosses, losses_by_definition, losses_by_outp
 from .measurement import Measurement
 from .output_hessian import as_samples, filled
 from .provenance import Traced
-from .recorded_layer import RecordedLayer, contract_pairs
+from .recorded_layer import RecordedLayer, contract_pairs, settle
 from .recording import ChainForward, Recording, recorded, seen
 from .roots import Columns, First, Root, Single
 
@@ -276,17 +276,9 @@ def _by_rules(
     heads = _heads(task, model_outputs, alone, pairs)
     alone = [z for z in alone if z.layer.name not in heads]
     with progress_bar(task.progress and bool(alone), "Fisher", columns.num_columns, unit="vjps") as advance:
-        found = contract_pairs(
-            task,
-            model_outputs,
-            alone,
-            columns,
-            linear=linear,
-            by_graph=by_graph,
-            advance=advance,
-            alpha=1 / task.num_samples,
-            plain=side.at_leaves,
-        )
+        pulled = settle(task, model_outputs, alone, columns, by_graph=by_graph, linear=linear)
+        how: Any = {"alpha": 1 / task.num_samples, "advance": advance, "plain": side.at_leaves or pulled}
+        found = contract_pairs(task, model_outputs, alone, columns, **how)
     info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})
     last = replace(info, checks={**info.checks, "last": True})
     told: Found = {name: (values, last) for name, values in heads.items()}

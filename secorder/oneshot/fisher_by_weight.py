@@ -19,7 +19,7 @@ from .hessian.estimate import Estimate
 from .hessian.output_draws import Reduce, reduced, whole
 from .measurement import Measurement
 from .output_hessian import output_points
-from .recorded_layer import RecordedLayer, contract_settled
+from .recorded_layer import RecordedLayer, contract_pairs
 from .roots import Columns, First, Root
 
 
@@ -62,7 +62,7 @@ def heaviest_columns(
     strategies = dict.fromkeys((z.layer.name for z in served), Strategy.RULE)
 
     def contract(columns: Columns) -> list[list[Tensor]]:
-        found = contract_settled(task, model_outputs, served, columns, alpha=1 / task.num_samples)
+        found = contract_pairs(task, model_outputs, served, columns, alpha=1 / task.num_samples)
         values = {z.layer.name: parts or [] for z, parts in zip(served, found, strict=True)}
         others = by_uses(task, rest, columns, linear=False) if rest and by_graph else {}
         left = [layer for layer in rest if layer.name not in others]

@@ -106,56 +106,14 @@ def contract_pairs(
     pairs: Columns,
     *,
     alpha: float = 1.0,
-    linear: bool = False,
-    by_graph: bool = False,
     advance: Callable[[int], None] = lambda _: None,
     plain: Mapping[int, Tensor] | None = None,
     watch: Watch | None = None,
 ) -> list[list[Tensor] | None]:
-    """α Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, by parameter; None where rows of z do not belong to samples.
+    """α Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, by parameter; None for layers without layouts.
 
-    That they do is read off the graph, or verified: the vjp of a random mixture of the u_k, each sample weighted by a
-    random factor, must be the mixture's vjp weighted row by row, to rounding. The first layout for which it holds is
-    taken and entered into the layer.
-
-    Args:
-        linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
-        by_graph: believe the graph, where it tells: no hook of the model's changes gradients.
-        plain: where there is one pair alone, its u pulled back to each leaf, by ``id``, if that was done already.
+    Of one pair alone, ``plain`` is its u pulled back to each leaf, by ``id``, if that was done already.
     """
-    pulled = dict(plain or {})
-    unsettled = list(layers)
-    if task.certain:
-        in_dim_zero(layers)
-        unsettled = []
-    elif by_graph:
-        unsettled = layouts_by_graph(model_outputs, layers)
-    if unsettled:
-        settled = settle_layouts(task, model_outputs, unsettled, pairs.mixture(task.generator), linear=linear)
-        if not pulled and len(unsettled) == len(layers) and pairs.num_columns == 1:
-            pulled = {key: g[0] for key, g in settled.items()}
-    how: Any = {"plain": pulled, "alpha": alpha, "advance": advance, "watch": watch}
-    return contract_settled(task, model_outputs, layers, pairs, **how)
-
-
-def in_dim_zero(layers: Sequence[RecordedLayer]) -> None:
-    """Enter that samples are in dim 0 of every call."""
-    for z in layers:
-        z.layouts = [DIM_ZERO] * len(z.leaves)
-
-
-def contract_settled(
-    task: Measurement,
-    model_outputs: Sequence[Tensor],
-    layers: Sequence[RecordedLayer],
-    pairs: Columns,
-    *,
-    alpha: float = 1.0,
-    advance: Callable[[int], None] = lambda _: None,
-    plain: dict[int, Tensor] | None = None,
-    watch: Watch | None = None,
-) -> list[list[Tensor] | None]:
-    """:func:`contract_pairs` where it is known where samples are; None for layers without layouts."""
     leaves, create_graph = [leaf for z in layers for leaf in z.leaves], task.create_graph
     only = pairs.columns(range(1)) if pairs.num_columns == 1 and watch is None else None
     if only is not None and only.v is None and only.sign is None:
@@ -211,6 +169,44 @@ def parts_of_one(layer: Layer) -> list[Tensor]:
     sizes = layer.sizes()
     device = next(p.device for p in layer.parameters.values())
     return list(torch.empty(sum(sizes), dtype=compute_dtype(layer), device=device).split_with_sizes(sizes))
+
+
+def settle(
+    task: Measurement,
+    model_outputs: Sequence[Tensor],
+    layers: Sequence[RecordedLayer],
+    pairs: Columns,
+    *,
+    by_graph: bool = False,
+    linear: bool = False,
+) -> dict[int, Tensor]:
+    """Enter into every layer where its samples are, or nothing where its rows do not belong to samples.
+
+    That they do is known, read off the graph (``by_graph``), or verified: the vjp of a random mixture of the pairs'
+    u, each sample weighted by a random factor, must be the mixture's vjp weighted row by row, to rounding. The first
+    layout for which it holds is taken. ``linear`` demands that the backward pass be linear, as that of several
+    cotangents is taken to be. Returns the u of one pair alone, where it was pulled back to the leaves, by ``id``.
+    """
+    rest = unsettled(task, model_outputs, layers, by_graph=by_graph)
+    if not rest:
+        return {}
+    pulled = settle_layouts(task, model_outputs, rest, pairs.mixture(task.generator), linear=linear)
+    whole = len(rest) == len(layers) and pairs.num_columns == 1
+    return {key: g[0] for key, g in pulled.items()} if whole else {}
+
+
+def unsettled(
+    task: Measurement, model_outputs: Sequence[Tensor], layers: Sequence[Recorded], *, by_graph: bool
+) -> list[Recorded]:
+    """Enter layouts that are known without a look at numbers, and return the layers of which they are not.
+
+    With ``by_graph`` the graph is believed, where it tells: no hook of the model's changes gradients.
+    """
+    if task.certain:
+        for z in layers:
+            z.layouts = [DIM_ZERO] * len(z.leaves)
+        return []
+    return layouts_by_graph(model_outputs, layers) if by_graph else list(layers)
 
 
 def layouts_by_graph(model_outputs: Sequence[Tensor], layers: Sequence[Recorded]) -> list[Recorded]:

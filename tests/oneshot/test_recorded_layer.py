@@ -12,6 +12,7 @@ from secorder.oneshot.recorded_layer import (
     RecordedLayer,
     contract_pairs,
     layout_options,
+    settle,
     settle_layouts,
 )
 from secorder.oneshot.recording import recorded
@@ -37,7 +38,8 @@ def test_one_pair_of_gradients_makes_the_empirical_fisher(certain: bool) -> None
             layers = layers_of(task, recording)
             g = output.softmax(1).detach() - F.one_hot(task.targets, 3)
             task.certain = certain
-            found = contract_pairs(task, [output], layers, Single(g))
+            plain = settle(task, [output], layers, Single(g))
+            found = contract_pairs(task, [output], layers, Single(g), plain=plain)
         return {z.layer.name: values for z, values in zip(layers, found, strict=True) if values is not None}
 
     expected = fisher_by_sample(model, F.cross_entropy, *batch, 6)

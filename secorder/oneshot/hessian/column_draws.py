@@ -8,7 +8,7 @@ from torch import Tensor
 from ...results import Strategy
 from ..heaviest import by_weight
 from ..measurement import Measurement
-from ..recorded_layer import contract_settled, in_dim_zero, layouts_by_graph
+from ..recorded_layer import contract_pairs, unsettled
 from ..roots import Columns
 from . import columns
 from .budget import Budget
@@ -30,18 +30,6 @@ def products(facts: Facts, budget: Budget) -> int:
     return min(budget.num_draws, facts.num_columns)
 
 
-def settled(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> bool:
-    """Whether it is known, without a look at numbers, that pulled back cotangents are Jᵀ times them, by sample.
-
-    Where samples are is entered into the layers.
-    """
-    if side.by_graph and not layouts_by_graph(side.model_outputs, graphs):
-        return True
-    if task.certain:
-        in_dim_zero(graphs)
-    return task.certain
-
-
 def run(
     task: Measurement,
     side: OutputSide,
@@ -52,12 +40,12 @@ def run(
     seconds: float = math.inf,
 ) -> list[Estimate]:
     """Of each layer the Gauss-Newton part, which is all there is where the model is piecewise linear after it."""
-    known = settled(task, side, graphs)
-    assert known, "columns are drawn where that was known when they were chosen"
+    rest = unsettled(task, side.model_outputs, graphs, by_graph=side.by_graph)
+    assert not rest, "columns are drawn where that was known when they were chosen"
     root = side.find_root(task.chunk_size)
 
     def contract(some: Columns) -> list[list[Tensor]]:
-        found = contract_settled(task, side.model_outputs, graphs, some)
+        found = contract_pairs(task, side.model_outputs, graphs, some)
         return [reduced(reduce, parts or ()) for parts in found]
 
     def counted(count: int) -> None:

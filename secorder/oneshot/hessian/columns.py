@@ -1,7 +1,6 @@
 """Columns of a root of the output Hessian, where the model is piecewise linear after the layer: all layers at once."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from ...results import Strategy
 from ..head import Head, contract_head
 from ..measurement import Measurement
 from ..output_hessian import as_samples
-from ..recorded_layer import contract_pairs, layouts_by_graph
+from ..recorded_layer import contract_pairs, settle, unsettled
 from ..roots import Root
 from .budget import Budget
 from .facts import Facts
@@ -40,7 +39,7 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
     they do not give (nothing, after which the model is piecewise linear). Where they do not, none is served.
     """
     root = side.find_root(task.chunk_size)
-    known = task.certain or (side.by_graph and not layouts_by_graph(side.model_outputs, graphs))
+    known = not unsettled(task, side.model_outputs, graphs, by_graph=side.by_graph)
     check = None if known else _Bilinear(task, graphs, side, root)
     found: dict[int, list[Tensor] | None] = {}
     for graph in graphs:
@@ -51,8 +50,8 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
                 check.head(graph, head)
     rest = [graph for graph in graphs if id(graph) not in found]
     with progress_bar(task.progress and bool(rest), "Hessian by columns", root.num_columns, unit="vjps") as advance:
-        how: Any = {"by_graph": side.by_graph, "advance": advance, "watch": check}
-        values = contract_pairs(task, side.model_outputs, rest, root, **how)
+        pulled = settle(task, side.model_outputs, rest, root, by_graph=side.by_graph)
+        values = contract_pairs(task, side.model_outputs, rest, root, advance=advance, plain=pulled, watch=check)
     found |= dict(zip(map(id, rest), values if rest else [], strict=True))
     for graph in graphs:
         graph.num_hvps += (root.num_columns if graph in rest else 1) + (0 if known else 3)

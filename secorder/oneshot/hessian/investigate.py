@@ -23,12 +23,11 @@ from ..loss import require_dependence
 from ..losses_by_output import precise_share
 from ..measurement import Measurement
 from ..output_hessian import loss_of_output, output_points
-from ..recorded_layer import layout_options, layouts_by_graph
+from ..recorded_layer import layout_options, layouts_by_graph, unsettled
 from ..recording import Recording, recorded
 from .budget import Budget
 from .chain import Chain, facts_of_chain, find_chain, shortened
 from .choice import Choice, choose
-from .column_draws import settled
 from .facts import Facts
 from .layer_by_operations import layers_by_operations
 from .layer_graph import LayerGraph, OutputSide
@@ -261,7 +260,8 @@ def _with_columns(
     candidates = _without_chain(found, budget)
     heads = head_outputs(side.model_outputs, candidates, task.generator)
 
-    drawn = budget.method != "exact" and settled(task, side, candidates)
+    # Whether it is known, without a look at numbers, that pulled back cotangents are Jᵀ times them, by sample.
+    drawn = budget.method != "exact" and not unsettled(task, side.model_outputs, candidates, by_graph=side.by_graph)
 
     def pays(layers: Sequence[str]) -> bool:
         supposed: Any = {"piecewise_linear": True, "num_columns": side.size, "columns_drawn": drawn}
@@ -372,11 +372,16 @@ def along_chain(task: Measurement, found: Findings, budget: Budget, work: Callab
     except RuntimeError as error:
         if is_users_own(error):
             raise
+    leave_chain(task, found, budget, layers)
+    return None
+
+
+def leave_chain(task: Measurement, found: Findings, budget: Budget, layers: Sequence[str]) -> None:
+    """Make layers of the chain ready for the other strategies."""
     for name in layers:
         found.learn(name, chain_depth=0)
     differentiate(task, found)
     verify_samples(task, found, budget)
-    return None
 
 
 def _independent(task: Measurement, graphs: list[LayerGraph]) -> bool:

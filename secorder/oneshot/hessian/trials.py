@@ -12,7 +12,7 @@ from ...layers.layout import DIM_ZERO
 from ...layers.selection import Layer
 from ...results import Strategy
 from ..measurement import Measurement
-from ..recorded_layer import contract_settled, in_dim_zero, layout_options
+from ..recorded_layer import contract_pairs, layout_options
 from ..recording import Recording
 from ..roots import First
 from ..timing import (
@@ -31,7 +31,7 @@ from .chain import seconds_of_chain
 from .choice import EXACT, ExactModule, cheapest, seconds_of_draws
 from .estimate import Estimate, draws_for
 from .facts import Facts
-from .investigate import Findings, along_chain, differentiate, verify_samples
+from .investigate import Findings, along_chain, leave_chain, verify_samples
 from .layer_graph import LayerGraph, OutputSide
 from .on_parameters import on_parameters
 from .output_draws import Reduce
@@ -64,10 +64,7 @@ def get_ready(task: Measurement, found: Findings, budget: Budget, carried: Seque
     if not carried:
         return
     depths = {name: found.facts[name].chain_depth for name in carried}
-    for name in carried:
-        found.learn(name, chain_depth=0)
-    differentiate(task, found)
-    verify_samples(task, found, budget)
+    leave_chain(task, found, budget, carried)
     for name in carried:
         found.learn(name, chain_depth=depths[name])
 
@@ -368,12 +365,11 @@ def _on_parameters(task: Measurement, layer: Layer, own: Sequence[Tensor | None]
 def _of_columns(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> _Trial:
     """Of columns, for all layers together."""
     root = side.find_root(task.chunk_size)
-    first = {id(g): next(iter(layout_options(g, task.num_samples)), [None]) for g in graphs}
-    usual = [replace(g) for g in graphs if all(layout == DIM_ZERO for layout in first[id(g)])]
-    in_dim_zero(usual)  # of copies: a trial verifies none
+    options = ((g, next(iter(layout_options(g, task.num_samples)), [])) for g in graphs)
+    usual = [replace(g, layouts=first) for g, first in options if set(first) == {DIM_ZERO}]  # a trial verifies none
 
     def trial(count: int) -> None:
-        contract_settled(task, side.model_outputs, usual, First(root, count))
+        contract_pairs(task, side.model_outputs, usual, First(root, count))
 
     elements = sum(t.numel() for graph in graphs for t in graph.leaves) + sum(t.numel() for t in side.model_outputs)
     size = default_chunk_size(elements, side.model_outputs[0], task.chunk_size)
