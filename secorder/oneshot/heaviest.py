@@ -38,11 +38,9 @@ class Heaviest:
 
     @property
     def num_columns(self) -> int:
-        """How many of each sample."""
         return self.order.shape[1]
 
     def columns(self, ids: range) -> Pairs:
-        """Some of them."""
         chosen = self.order.T[ids.start : ids.stop]
         coefficients = self.root.like.new_zeros(*chosen.shape, self.root.num_columns)
         pairs = self.root.mixed(coefficients.scatter_(2, chosen[..., None], 1.0))
@@ -51,7 +49,6 @@ class Heaviest:
         return Pairs(pairs.u, None, self.root.sign.to(pairs.u.dtype).gather(1, chosen.T).T)
 
     def mixture(self, generator: torch.Generator) -> Tensor:
-        """One of the root's; of one column, the column."""
         return self.columns(range(1)).u if self.num_columns == 1 else self.root.mixture(generator)
 
 

@@ -96,23 +96,20 @@ class Draws:
 
     @property
     def num_columns(self) -> int:
-        """How many draws."""
         return len(self.seeds)
 
     def columns(self, ids: range) -> Pairs:
-        """Some of the draws, divided by the root of their number."""
         like, shape = self.root.like, (len(self.root.like), self.root.num_columns)
         signs = like.new_empty(len(ids), *shape)
         for row, index in zip(signs, ids, strict=True):
             generator = torch.Generator(device=self.device).manual_seed(self.seeds[index])
             row.copy_(torch.randint(0, 2, shape, generator=generator, dtype=torch.int8, device=self.device))
-        signs.mul_(2).sub_(1).mul_(len(self.seeds) ** -0.5)
+        signs.mul_(2).sub_(1).mul_(len(self.seeds) ** -0.5)  # so that squares add up to their mean
         if self.without is not None:
             signs.scatter_(2, self.without.expand(len(signs), -1, -1), 0.0)
         return self.root.mixed(signs)
 
     def mixture(self, generator: torch.Generator) -> Tensor:
-        """One of the root's; of one draw, the draw."""
         return self.columns(range(1)).u if self.num_columns == 1 else self.root.mixture(generator)
 
 
@@ -124,11 +121,9 @@ class First:
     num_columns: int  #: how many of them
 
     def columns(self, ids: range) -> Pairs:
-        """Some of them."""
         return self.whole.columns(ids)
 
     def mixture(self, generator: torch.Generator) -> Tensor:
-        """Of all of them."""
         return self.whole.mixture(generator)
 
 
@@ -140,11 +135,9 @@ class Single:
     num_columns: int = 1  #: 1
 
     def columns(self, ids: range) -> Pairs:
-        """The pair."""
         return Pairs(self.u[None])
 
     def mixture(self, generator: torch.Generator) -> Tensor:
-        """The cotangent."""
         return self.u[None]
 
 
