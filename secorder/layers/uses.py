@@ -92,34 +92,37 @@ def find_uses(
     waiting: list[Node] = list(leaves)
     uses: dict[Node, Use] = {}
     for node in waiting:  # which grows meanwhile
-        route = found.followed[node]
-        taken = users.get(node, ())
+        route, taken = found.followed[node], users.get(node, ())
         if not taken and node not in leaves:
             return None
         for user, index in taken:
             name = user.name()
-            if is_complex(user):
-                return None
             moves = name in MOVES or user in passed
             here = route if moves else (*route, f"{name} {index}")
-            if moves or here in followed:
-                if user not in found.followed:
-                    if len(found.followed) > MOST or not can_be_run(user):
-                        return None
-                    found.followed[user] = here
-                    waiting.append(user)
-                continue
-            if name not in OPERATIONS and not can_be_run(user):
+            further = moves or here in followed
+            if is_complex(user) or not ((name in OPERATIONS and not further) or can_be_run(user)):
                 return None
-            use = uses.get(user)
-            if use is None:
-                use = uses[user] = Use(user)
-            use.routes.append(here)
-            use.sources[index] = (node, user.next_functions[index][1])
+            if not further:
+                use = uses.get(user)
+                if use is None:
+                    use = uses[user] = Use(user)
+                use.routes.append(here)
+                use.sources[index] = (node, user.next_functions[index][1])
+            elif user not in found.followed:
+                if len(found.followed) > MOST:
+                    return None
+                found.followed[user] = here
+                waiting.append(user)
     found.uses = [use for node, use in uses.items() if node not in found.followed]
     ends = {node: (leaf, turned) for node in waiting for leaf, turned in _parameter(node, leaves)}
+    _see_outputs_and_targets(found.uses, ends)
+    return found
+
+
+def _see_outputs_and_targets(uses: Sequence[Use], ends: Mapping[Node, tuple[str, bool]]) -> None:
+    """Enter what operations computed, and which inputs are parameters: what is the same for several uses, once."""
     alike: dict[tuple[tuple[int, str, bool], ...], Targets] = {}
-    for use in found.uses:
+    for use in uses:
         use.outputs = outputs_of(use.node)
         if all(node in ends for node, _ in use.sources.values()):
             inputs = tuple([(index, *ends[node]) for index, (node, _) in use.sources.items()])
@@ -127,7 +130,6 @@ def find_uses(
                 names = {index: name for index, name, _ in inputs}
                 alike[inputs] = Targets(names, frozenset([index for index, _, turned in inputs if turned]))
             use.targets = alike[inputs]
-    return found
 
 
 def _parameter(node: Node, leaves: Mapping[Node, str]) -> Iterable[tuple[str, bool]]:
