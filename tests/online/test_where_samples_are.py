@@ -551,6 +551,32 @@ def test_time_steps_are_not_taken_for_samples_where_only_a_loss_is_returned(size
     assert told.exact
 
 
+class LossBeside(nn.Module):
+    """Returns its loss, beside rows that a part of it does not depend on."""
+
+    def __init__(self, hooked: bool) -> None:
+        super().__init__()
+        self.a, self.aux, self.hooked = nn.Linear(4, 4), nn.Linear(4, 3), hooked
+        self.w, self.scale = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.tanh(self.a(x))
+        if self.hooked:
+            z.register_hook(lambda g: 2 * g)
+        cosine = F.normalize(z.mean(1) * self.scale, dim=1) @ F.normalize(self.w, dim=0)
+        steps = torch.tanh(self.aux(z.transpose(0, 1).flatten(0, 1))).view(x.shape[1], len(x), -1)
+        return F.cross_entropy(9 * cosine + steps.cumsum(0).mean(0), labels), z
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("sizes", [[(3, 4), (5, 4), (3, 4), (2, 4)], [(4, 3), (4, 4), (3, 3)], [(4, 2), (2, 4)]])
+def test_what_only_a_loss_beside_rows_depends_on(sizes: list[tuple[int, int]], hooked: bool) -> None:
+    """As many classes, or positions, as samples: where nothing is looked at, these would be taken for them."""
+    came = follow(LossBeside(hooked), sequences(*sizes), lambda m, b: m(*b)[0], layer_types="all")
+    assert not came.refused
+    assert came.left_out.keys() == ({""} if hooked else set())  # operations are not followed past hooks
+
+
 def gpt(**options: Any) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=13, n_positions=12, resid_pdrop=0.0,

@@ -1,6 +1,6 @@
 """The autograd graph of the one forward that a look differentiates, and what it tells by itself."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -57,6 +57,14 @@ class ForwardGraph:
     def users(self) -> Users:
         """The graph itself."""
         return users_of(tensors_in(self.output))
+
+    @cached_property
+    def beside(self) -> Collection[Node]:
+        """What only outputs without samples depend on, such as a loss that the model returns: no cotangent tells it."""
+        ends = {id(f) for f, _ in self.ends}
+        if not ends or all(id(t) in ends for t in tensors_in(self.output) if t.requires_grad):
+            return frozenset()
+        return self.users.keys() - users_of([f for f, _ in self.ends]).keys()
 
     def depends_on(self, leaves: Sequence[Tensor]) -> bool:
         """Whether outputs that cotangents may be put on depend on any of these leaves, as far as the graph shows."""

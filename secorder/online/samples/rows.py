@@ -44,10 +44,14 @@ def rows_of_layers(
     if not layers:
         return _none_yet()
     if graph.ends:
+        beside = [z for z in seen if any(accumulate_node(leaf) in graph.beside for leaf in z.leaves)]
         try:
-            return _by_graph_and_cotangents(seen, graph)
+            found = _by_graph_and_cotangents([z for z in seen if z not in beside], graph)
         except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
-            pass
+            beside = []
+        else:
+            more = _by_change([z.layer for z in beside], arguments, forward, chosen, ranks) if beside else _none_yet()
+            return None if more is None else ({**found[0], **more[0]}, found[1] | more[1], found[2] | more[2])
     return _by_change(layers, arguments, forward, chosen, ranks)
 
 

@@ -18,7 +18,7 @@ from ..._torch.pytree import tensors_in
 from ..._torch.random_state import fresh_generator
 from ...errors import DoubleBackwardError
 from ...layers.layout import Layout, layouts_of
-from ...layers.uses import Route, find_uses, hidden
+from ...layers.uses import Route, Uses, find_uses, hidden
 from ...oneshot.independence import changed_entries, separating_masks
 from ...oneshot.use_rows import ByCotangents, Evidence, Parameters, follow_uses, gradients_at
 from .forward_graph import ForwardGraph
@@ -59,45 +59,70 @@ def rows_of_uses(
 
     Where rows may depend on data, ``routed`` is the forward for :func:`.routes.routed_nodes`.
     """
-    evidence: Evidence
-    if chosen.num_samples == 1:
-        evidence = _OneSample()
-    elif graph.ends:
-        evidence = ByCotangents(graph.ends, chosen.num_samples, fresh_generator(), graph.inner_sizes)
-    else:
-        nothing = torch.zeros(chosen.num_samples, dtype=torch.bool)  # in a graph of those that samples are changed in
-        graph = replace(graph, output=run_changed(forward, arguments, chosen, nothing), leaves=())
-        evidence = _ByChange(graph.output, forward, arguments, chosen)
-    result = UseRows(routes={name: frozenset(routes.get(name, ())) for name in parameters})
+    result, count = UseRows(), chosen.num_samples
     try:
-        known = parameters.keys() <= routes.keys()
-        found = follow_uses(graph.users, parameters, evidence, result.routes, known=known, passed=graph.added)
+        if count == 1:
+            _look(parameters, _OneSample(), graph, routes, result)
+        else:
+            rest = parameters
+            if graph.ends:
+                evidence = ByCotangents(graph.ends, count, fresh_generator(), graph.inner_sizes)
+                rest = _look(parameters, evidence, graph, routes, result, untold=graph.beside)
+            if rest:
+                nothing = torch.zeros(count, dtype=torch.bool)  # in a graph of those that samples are changed in
+                graph = replace(graph, output=run_changed(forward, arguments, chosen, nothing), leaves=())
+                _look(rest, _ByChange(graph.output, forward, arguments, chosen), graph, routes, result)
     except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
         return UseRows(unknown=set(parameters))
-    for name, uses in found.items():
-        passed_by = graph.hooked and bool(result.routes[name])  # hooks on what is followed are not called
-        if uses is None or passed_by or hidden(uses):
-            result.unknown.add(name)
-            if uses is not None and not passed_by:
-                result.hidden.add(name)
-            continue
-        told = [
-            (use.node, (layout, place, output.shape))
-            for use in uses.uses
-            for layout, place, output in zip(evidence.layouts[use.node], use.places, use.outputs, strict=True)
-            if layout is not None
-        ]
-        # Where no gradient comes zeros would do for samples anywhere; what comes to another at the same place tells.
-        seen = {(place, shape) for node, (_, place, shape) in told if node not in evidence.blank}
-        blank = [(node, call) for node, call in told if node in evidence.blank and call[1:] not in seen]
-        result.known[name] = [call for node, call in told if node not in evidence.blank or (node, call) in blank]
-        if any(use.node in evidence.moved for use in uses.uses):
-            result.reached.add(name)
-        if blank:
-            result.blank.add(name)
     if routed is not None:
         result.unknown |= _routed(parameters, result, routed, arguments, chosen)
     return result
+
+
+def _look(
+    parameters: Parameters,
+    evidence: Evidence,
+    graph: ForwardGraph,
+    routes: Mapping[str, Collection[Route]],
+    result: UseRows,
+    untold: Collection[Node] = (),
+) -> Parameters:
+    """Note what evidence tells of layers' uses, but not of those in operations that it says nothing about: these."""
+    own = {name: frozenset(routes.get(name, ())) for name in parameters}
+    known = parameters.keys() <= routes.keys()
+    found = follow_uses(graph.users, parameters, evidence, own, known=known, passed=graph.added)
+    rest = {
+        name: parameters[name]
+        for name, uses in found.items()
+        if untold and (uses is None or any(use.node in untold for use in uses.uses))
+    }
+    for name in found.keys() - rest.keys():
+        result.routes[name] = own[name]
+        _note(name, found[name], evidence, graph.hooked and bool(own[name]), result)
+    return rest
+
+
+def _note(name: str, uses: Uses | None, evidence: Evidence, passed_by: bool, result: UseRows) -> None:
+    """What evidence tells of a layer's uses; hooks on what is followed are not called, so that they are passed by."""
+    if uses is None or passed_by or hidden(uses):
+        result.unknown.add(name)
+        if uses is not None and not passed_by:
+            result.hidden.add(name)
+        return
+    told = [
+        (use.node, (layout, place, output.shape))
+        for use in uses.uses
+        for layout, place, output in zip(evidence.layouts[use.node], use.places, use.outputs, strict=True)
+        if layout is not None
+    ]
+    # Where no gradient comes zeros would do for samples anywhere; what comes to another at the same place tells.
+    seen = {(place, shape) for node, (_, place, shape) in told if node not in evidence.blank}
+    blank = [(node, call) for node, call in told if node in evidence.blank and call[1:] not in seen]
+    result.known[name] = [call for node, call in told if node not in evidence.blank or (node, call) in blank]
+    if any(use.node in evidence.moved for use in uses.uses):
+        result.reached.add(name)
+    if blank:
+        result.blank.add(name)
 
 
 class _OneSample(Evidence):
