@@ -17,10 +17,6 @@ from .owners import Owned, owned_by_entries, owned_by_index, owned_by_lengths, r
 NO_BATCH = "the data holds no batch: pass at least one sample."
 
 
-class BatchMismatch(InvalidArgumentError):
-    """Inputs and targets do not agree on the number of samples."""
-
-
 def batch_size(inputs: Any, targets: Any, sample_dim: int = 0) -> int:
     """The number of samples of a batch, at least one, which inputs and targets must agree on."""
     if any(t.is_nested for tree in (inputs, targets) for t in tensors_in(tree)):
@@ -87,8 +83,8 @@ def require_agreement(output: Any, targets: Any, count: int, sample_dim: int) ->
         raise _mismatch(count, targets, sample_dim)
 
 
-def _mismatch(count: int, targets: Tensor, sample_dim: int) -> BatchMismatch:
-    return BatchMismatch(
+def _mismatch(count: int, targets: Tensor, sample_dim: int) -> InvalidArgumentError:
+    return InvalidArgumentError(
         f"inputs hold {count} samples and targets {targets.shape[0]}: they must agree in dim {sample_dim} "
         "(pass sample_dim= if samples are in another dimension)."
     )

@@ -84,10 +84,6 @@ LossFunction = Callable[[Any, Any], Tensor]
 Read = TypeVar("Read")
 
 
-class NoLayerError(InvalidArgumentError):
-    """No layer of the model matches."""
-
-
 class CurvatureProbe:
     """Hooks on a live model that measure, layer by layer, how curved its loss is.
 
@@ -196,7 +192,7 @@ class CurvatureProbe:
         selected = _layers_to_measure(model, layer_types, layers, frozen=frozen)
         require_integer("every", every, 1)
         if decay is not None:
-            require_number("decay", decay)
+            require_number("decay", decay, zero=True)
             if not 0.0 < decay < 1.0:
                 raise InvalidArgumentError(f"decay must lie between 0 and 1, got {decay!r}.")
         require_flag("strict", strict)
@@ -1073,8 +1069,8 @@ def _layers_to_measure(
     selected = layers_to_measure(model, layer_types, layers, frozen=frozen)
     if not selected:
         if next(model.parameters(), None) is None:
-            raise NoLayerError("the model has no parameters: there is nothing to measure.")
-        raise NoLayerError(
+            raise InvalidArgumentError("the model has no parameters: there is nothing to measure.")
+        raise InvalidArgumentError(
             "no layer of the model matches: pass layer_types= with the types to measure, or layers= with names "
             "from model.named_modules()."
         )

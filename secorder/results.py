@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import require_path
+from ._arguments import listed, require_path, shown
 from ._sharing import held_before
 from ._torch.views import joined
 from .errors import InvalidArgumentError, InvalidTypeError
@@ -184,7 +184,7 @@ class Diagonals(dict[str, Tensor]):
         for layer, parameters in self._parameters.items():
             if any(name == parameter for parameter, _ in parameters):
                 return self._of_layer(layer)[name]
-        raise KeyError(f"{name!r} is neither a layer nor a parameter that was measured: there are {list(self)}.")
+        raise KeyError(f"{name!r} is neither a layer nor a parameter that was measured ({listed([*self])}).")
 
     def parameter_shapes(self) -> dict[str, dict[str, torch.Size]]:
         """Per layer, the shapes of its parameters by their names in the model."""
@@ -253,7 +253,7 @@ class Diagonals(dict[str, Tensor]):
             scalar = isinstance(other, Tensor) and other.dim() == 0 and not other.is_complex()
             if not (scalar or isinstance(other, Real)):
                 raise InvalidTypeError(
-                    f"diagonals are combined with others of the same layers, or with one number, not {other!r:.50}."
+                    f"diagonals are combined with others of the same layers, or with one number, not {shown(other)}."
                 )
             number = other
             other = self.replaced({n: torch.as_tensor(number, dtype=d.dtype, device=d.device) for n, d in self.items()})

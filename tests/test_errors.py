@@ -20,6 +20,8 @@ from secorder import (
     diagnose,
     per_layer_fisher_diagonal,
     per_layer_hessian_diagonal,
+    report,
+    token_weights,
 )
 
 from .helpers import Net, data, make
@@ -267,6 +269,20 @@ LOSS = torch.nn.CrossEntropyLoss
         (lambda m, x, y: diagnose(m, LOSS(), [x, y]), "pass them as two arguments"),
         (lambda m, x, y: CurvatureProbe(m).fisher_diagonal(LOSS(), (x, y)), "pass them as two arguments"),
         (lambda m, x, y: CurvatureProbe(m).hessian_diagonal(LOSS(), x), "failed without targets"),
+        (
+            lambda m, x, y: per_layer_hessian_diagonal(m, nn.MSELoss(), x),
+            "pass targets. .'NoneType' obj",
+        ),
+        (lambda m, x, y: per_layer_fisher_diagonal(m, LOSS(), x, y.tolist()), "hold no tensor, .*as_tensor"),
+        (lambda m, x, y: per_layer_hessian_diagonal(m, nn.MSELoss(), x, x.numpy()), "a ndarray of shape .*as_tensor"),
+        (lambda m, x, y: per_layer_fisher_diagonal(m, LOSS(), x[0], y[0]), r"pass inputs\[None\] and targets\[None\]"),
+        (lambda m, x, y: per_layer_fisher_diagonal(nn.Tanh(), m, x, y), "pass the model first, then the loss"),
+        (
+            lambda m, x, y: CurvatureProbe(m, layers="hidden1"),
+            "matches 'hidden1': the model has '0'",
+        ),
+        (lambda m, x, y: report(CurvatureProbe(m)), r"got CurvatureProbe: pass what fisher_diagonal\(\) returns"),  # type: ignore[arg-type]
+        (lambda m, x, y: token_weights(y), "not the labels"),
     ],
 )
 def test_misuse_is_told_in_our_own_words(measure: Callable[..., Any], message: str) -> None:

@@ -37,6 +37,7 @@ def diagnose(
     layer_types: LayerTypes = None,
     *,
     layers: str | Iterable[str] | None = None,
+    frozen: bool = False,
     method: HessianMethod = "auto",
     num_draws: int | None = None,
     rtol: float | None = None,
@@ -56,8 +57,7 @@ def diagnose(
         inputs: a batch; or, in place of the batch, a ``DataLoader`` (any iterable of ``(inputs, targets)`` that is not
             itself a tensor, tuple, list or dict): the result is that of all its samples together.
         targets: what ``loss_fn`` takes second; None with a ``DataLoader``.
-        layer_types: as for :class:`secorder.CurvatureProbe`.
-        layers: as for :class:`secorder.CurvatureProbe`.
+        layer_types, layers, frozen: as for :class:`secorder.CurvatureProbe`.
         method: how the Hessian is measured: ``"auto"``, ``"exact"`` or ``"hutchinson"``.
         num_draws: draws of an estimate.
         rtol: relative error that an estimate is drawn down to.
@@ -99,10 +99,11 @@ def diagnose(
     refused = False
     seen, whole_loss, reduces = 0, 0.0, LossReduction(model, loss_fn, sample_dim, certain=reduction)
     with ExitStack() as stack:
+        how: dict[str, Any] = {"layers": layers, "frozen": frozen, "sample_dim": sample_dim}
+        probe = stack.enter_context(CurvatureProbe(model, layer_types, **how))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", CurvatureWarning)  # findings, and one warning for all batches
         stack.enter_context(random_state_kept(model))
-        probe = stack.enter_context(CurvatureProbe(model, layer_types, layers=layers, sample_dim=sample_dim))
         advance = stack.enter_context(progress_bar(progress, "Curvature", total, unit="batches"))
         for x, t in batches:
             count = batch_size(x, t, sample_dim)

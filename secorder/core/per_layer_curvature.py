@@ -1,18 +1,20 @@
 """The documented functions: one-shot diagonals per layer, thin facades over :class:`~secorder.CurvatureProbe`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._caution import caution
 from .._keywords import refuses_renamed_keywords
-from ..layers.selection import LayerTypes
+from ..errors import InvalidArgumentError
+from ..layers.selection import LayerTypes, layers_to_measure
 from ..monitor.statistics import get_layer_curvature_stats
 from ..oneshot.fisher_pairs import FisherType
 from ..oneshot.hessian.budget import HessianMethod
 from ..online.samples.hypotheses import SampleDim
-from ..probe import CurvatureProbe, NoLayerError
+from ..probe import CurvatureProbe
 from ..results import Diagonals
 
 __all__ = ["get_layer_curvature_stats", "per_layer_fisher_diagonal", "per_layer_hessian_diagonal"]
@@ -27,6 +29,8 @@ def per_layer_hessian_diagonal(
     layer_types: LayerTypes = None,
     create_graph: bool = False,
     *,
+    layers: str | Iterable[str] | None = None,
+    frozen: bool = False,
     method: HessianMethod = "auto",
     num_draws: int | None = None,
     rtol: float | None = None,
@@ -44,9 +48,11 @@ def per_layer_hessian_diagonal(
         loss_fn: a loss module or callable with a scalar result; its own reduction counts.
         inputs: a tensor of N samples in dim 0, or a tuple or dict of them; or a data set, any iterable of batches.
         targets: what ``loss_fn`` takes second.
-        layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``. Frozen layers are left out where
-            others are trained.
+        layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``.
         create_graph: make the diagonals differentiable with respect to the model's parameters.
+        layers: names or patterns of layers, as for :class:`secorder.CurvatureProbe`.
+        frozen: measure frozen layers too; by default they are left out where others are trained, unless ``layers``
+            names them.
         method: ``"auto"``, exact where that is affordable, else an estimate, with a warning; ``"exact"``;
             ``"hutchinson"`` for an unbiased estimate.
         num_draws: draws of an estimate.
@@ -75,7 +81,7 @@ def per_layer_hessian_diagonal(
         >>> {name: tuple(diagonal.shape) for name, diagonal in hessian.items()}
         {'0': (220,), '2': (21,)}
     """
-    probe = _probe(model, layer_types, sample_dim)
+    probe = _probe(model, loss_fn, layer_types, layers, frozen=frozen, sample_dim=sample_dim)
     if probe is None:
         return Diagonals([], {}, {})
     return probe.hessian_diagonal(
@@ -103,6 +109,8 @@ def per_layer_fisher_diagonal(
     layer_types: LayerTypes = None,
     create_graph: bool = False,
     *,
+    layers: str | Iterable[str] | None = None,
+    frozen: bool = False,
     fisher_type: FisherType = "empirical",
     num_draws: int = 1,
     rtol: float | None = None,
@@ -119,9 +127,11 @@ def per_layer_fisher_diagonal(
         loss_fn: a loss module or callable with a scalar result; ℓ_n is its value on a batch of one.
         inputs: a tensor of N samples in dim 0, or a tuple or dict of them; or a data set, any iterable of batches.
         targets: what ``loss_fn`` takes second.
-        layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``. Frozen layers are left out where
-            others are trained.
+        layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``.
         create_graph: make the diagonals differentiable with respect to the model's parameters.
+        layers: names or patterns of layers, as for :class:`secorder.CurvatureProbe`.
+        frozen: measure frozen layers too; by default they are left out where others are trained, unless ``layers``
+            names them.
         fisher_type: ``"empirical"``, ``"type-2"`` (exact, the GGN) or ``"mc"`` (its estimate).
         num_draws: draws of ``"mc"``.
         rtol: of ``"type-2"``, the heaviest columns of each sample and draws of the rest, to this relative error.
@@ -149,7 +159,7 @@ def per_layer_fisher_diagonal(
         >>> {name: tuple(diagonal.shape) for name, diagonal in fisher.items()}
         {'0': (55,), '2': (18,)}
     """
-    probe = _probe(model, layer_types, sample_dim)
+    probe = _probe(model, loss_fn, layer_types, layers, frozen=frozen, sample_dim=sample_dim)
     if probe is None:
         return Diagonals([], {}, {})
     return probe.fisher_diagonal(
@@ -177,9 +187,25 @@ class _Measuring(CurvatureProbe):
         return None
 
 
-def _probe(model: nn.Module, layer_types: LayerTypes, sample_dim: SampleDim) -> CurvatureProbe | None:
+def _probe(
+    model: nn.Module,
+    loss_fn: Any,
+    layer_types: LayerTypes,
+    layers: str | Iterable[str] | None,
+    *,
+    frozen: bool,
+    sample_dim: SampleDim,
+) -> CurvatureProbe | None:
     """A probe for one measurement; None where no layer matches."""
+    layers = list(layers) if isinstance(layers, Iterator) else layers
     try:
-        return _Measuring(model, layer_types, sample_dim=sample_dim)
-    except NoLayerError:
-        return None
+        return _Measuring(model, layer_types, layers=layers, frozen=frozen, sample_dim=sample_dim)
+    except InvalidArgumentError:
+        if layers_to_measure(model, layer_types, layers, frozen=frozen):
+            raise
+    if next(model.parameters(), None) is not None:
+        if layer_types is None:
+            caution('the model has no nn.Linear or nn.Conv2d, so that nothing is measured: pass layer_types="all".')
+    elif isinstance(loss_fn, nn.Module) and next(loss_fn.parameters(), None) is not None:
+        raise InvalidArgumentError("the model has no parameters, and loss_fn has: pass the model first, then the loss.")
+    return None

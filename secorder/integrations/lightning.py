@@ -9,13 +9,14 @@ import torch
 from .._arguments import require_strings
 from .._caution import caution
 from .._torch.collectives import has_ranks
+from ..errors import InvalidArgumentError
 from ..layers.selection import LayerTypes
 from ..monitor.names import flat
 from ..monitor.recorder import CurvatureRecorder
 from ..monitor.training import mean_loss
 from ..parallel.fsdp import whole
 from ..parallel.spread import is_distributed
-from ..probe import CurvatureProbe, NoLayerError
+from ..probe import CurvatureProbe
 from .called import Called
 from .options import divided, submodule, try_options
 
@@ -114,7 +115,7 @@ class CurvatureCallback(pl.Callback):
         try:
             model = submodule(pl_module, module)
             self.probe = CurvatureProbe(model, **{"loss_scale": scale, **self._probe_arguments})
-        except NoLayerError:
+        except InvalidArgumentError:
             if strict:
                 raise
             return  # until it is seen what is called

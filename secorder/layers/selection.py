@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .._arguments import shown
+from .._arguments import like, listed, shown
 from .._torch.collectives import has_ranks
 from .._torch.differentiability import can_be_trained
 from .._torch.fsdp import fsdp_mesh_dims, sharded_by_gathered
@@ -35,6 +35,8 @@ DEFAULT_LAYER_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 
 #: What ``layer_types`` may be: one type, several, ``"all"`` (every module with parameters of its own), or None.
 LayerTypes = type[nn.Module] | Sequence[type[nn.Module]] | Literal["all"] | None
+
+_NO_TYPES = 'layer_types must be module types, such as nn.Linear, or "all", got '
 
 #: What tells the per-sample gradients of a layer in training; empty where it is not known.
 MeasuredBy = Literal["", "rule", "operations", "rerun"]
@@ -321,9 +323,9 @@ def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -
     given = _names(layers)
     for pattern in given:
         if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in named):
-            names = [repr(name) for name in named if name]
-            known = ", ".join([*names[:8], "…"] if len(names) > 8 else names)
-            raise InvalidArgumentError(f"no module's name matches {pattern!r}: the model has {known}.")
+            names = list(filter(None, named))
+            closest = like(pattern.removeprefix("!"), names)
+            raise InvalidArgumentError(f"no module's name matches {pattern!r}: the model has {listed(names)}{closest}")
     wanted = [pattern for pattern in given if not pattern.startswith("!")]
     left_out = [pattern[1:] for pattern in given if pattern.startswith("!")]
     return (None if left_out and not wanted else wanted), left_out
@@ -353,12 +355,12 @@ def _types(
         return default
     if isinstance(layer_types, str):
         if layer_types != "all":
-            raise InvalidArgumentError(f'layer_types must be module types or "all", got {shown(layer_types)}.')
+            raise InvalidArgumentError(_NO_TYPES + shown(layer_types))
         return "all"
     if isinstance(layer_types, type):
         layer_types = (layer_types,)
     if isinstance(layer_types, (nn.Module, Tensor)) or not isinstance(layer_types, Iterable):
-        raise InvalidTypeError(f'layer_types must be module types or "all", got {shown(layer_types)}.')
+        raise InvalidTypeError(_NO_TYPES + shown(layer_types))
     types = tuple(layer_types)
     for kind in types:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):

@@ -182,7 +182,9 @@ def _summaries(
 def _require_real_tensors(layer_curvatures: Mapping[str, Tensor]) -> None:
     if not isinstance(layer_curvatures, Mapping):
         got = type(layer_curvatures).__name__
-        raise InvalidTypeError(f"curvatures must be a mapping of layer names to tensors, got {got}.")
+        raise InvalidTypeError(
+            f"curvatures must be a mapping of layer names to tensors, got {got}: pass what fisher_diagonal() returns."
+        )
     for name, diagonal in layer_curvatures.items():
         if not isinstance(diagonal, Tensor) or not diagonal.is_floating_point():
             got = diagonal.dtype if isinstance(diagonal, Tensor) else type(diagonal).__name__

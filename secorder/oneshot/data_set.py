@@ -43,8 +43,8 @@ def is_data_set(inputs: Any, targets: Any) -> bool:
     """
     if isinstance(inputs, Dataset) and not isinstance(inputs, Iterable):
         raise InvalidTypeError(f"a {type(inputs).__name__} yields no batches: pass torch.utils.data.DataLoader of it.")
-    if targets is not None and isinstance(inputs, DataLoader):
-        raise InvalidArgumentError("a DataLoader yields (inputs, targets): pass no targets beside it.")
+    if targets is not None and isinstance(inputs, (DataLoader, Iterator)):
+        raise InvalidArgumentError(f"a {type(inputs).__name__} yields (inputs, targets): pass no targets beside it.")
     if isinstance(inputs, list) and targets is None and inputs:
         return all(_pair(x) for x in inputs) or all(_arguments(x) for x in inputs)
     if targets is not None or isinstance(inputs, (Tensor, tuple, list, Mapping)) or not isinstance(inputs, Iterable):

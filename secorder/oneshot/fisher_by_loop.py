@@ -92,12 +92,15 @@ def _of_samples(task: Measurement, index: list[int]) -> tuple[Any, Tensor]:
         raise
     except Exception as error:
         which = _which(index)
+        alone = isinstance(task.inputs, Tensor) and task.inputs.dim() == 1
+        one = "; where the batch is one sample, pass inputs[None] and targets[None]" * alone
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         raise CouplingError(
             f"the model and loss_fn work on the batch and fail on {which} ({type(error).__name__}: "
             f"{str(error).strip()[:200]}): if the loss holds tensors of the batch itself, pass them in targets (also "
-            "the inputs, where it differentiates by them), or let the model return what loss_fn is to take the mean of."
+            "the inputs, where it differentiates by them), or let the model return what loss_fn is to take the mean "
+            f"of{one}."
         ) from error
     if not bool(loss.detach().isfinite()):
         raise NonFiniteError(

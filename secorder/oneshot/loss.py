@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._arguments import require_callable
+from .._arguments import require_callable, shown
 from .._torch.graph import least_precise
 from .._torch.own_hooks import outputs_seen
 from .._torch.pytree import tensors_in
@@ -53,17 +53,23 @@ def require_loss_function(loss_fn: Any) -> None:
 
 
 @contextmanager
-def explains_missing_targets(inputs: Any, targets: Any) -> Iterator[None]:
-    """Tell of targets that were forgotten, or put into the inputs, where a call fails for its arguments."""
+def explains_targets(inputs: Any, targets: Any) -> Iterator[None]:
+    """Tell of targets that are missing, put into the inputs, or no tensors, where a call fails for its arguments."""
     try:
         yield
     except InvalidTypeError:
         raise
-    except TypeError as error:
-        if targets is not None:
-            raise
-        advice = _advice(inputs) if isinstance(inputs, (tuple, list)) else "pass targets"
-        raise InvalidArgumentError(f"the call failed without targets: {advice}. ({error})") from error
+    except (TypeError, AttributeError) as error:
+        asked = error.obj if isinstance(error, AttributeError) and error.name else targets
+        if targets is None and asked is None:
+            advice = _advice(inputs) if isinstance(inputs, (tuple, list)) else "pass targets"
+            raise InvalidArgumentError(f"the call failed without targets: {advice}. ({error})") from error
+        if not isinstance(asked, nn.Module) and targets is not None and next(tensors_in(targets), None) is None:
+            raise InvalidTypeError(
+                f"the call failed with targets that hold no tensor, {shown(targets)}: pass torch.as_tensor(targets). "
+                f"({error})"
+            ) from error
+        raise
 
 
 def _advice(inputs: Sequence[Any]) -> str:
@@ -100,7 +106,7 @@ def losses(model: nn.Module, loss_fn: Any, batches: Iterable[tuple[Any, Any]]) -
     found = []
     with isolate(model, loss_fn, []) as isolated:
         for x, t in batches:
-            with explains_missing_targets(x, t):
+            with explains_targets(x, t):
                 value = without_gradients(lambda x: on_copies(loss_fn)(isolated.forward(x), t), x)  # noqa: B023
             found.append(check_loss(value, isolated, x).detach())
     return torch.stack(found)
@@ -120,7 +126,7 @@ def losses_and_gradients(
             model.eval()
         replacements = [isolated.replacement(p) for p in parameters_of(model)]
         for x, t in batches:
-            with explains_missing_targets(x, t):
+            with explains_targets(x, t):
                 loss = check_loss(on_copies(loss_fn)(isolated.forward_in_full_precision(x), t), isolated, x)
             found.append(LossAndGradient.of(loss, replacements))
     return found

@@ -15,7 +15,6 @@ from .._torch.pytree import map_tensors, tensors_in
 from .._torch.random_state import fresh_generator
 from .._torch.vjp import check_chunk_size, gradients
 from ..batch import (
-    BatchMismatch,
     arguments_of,
     batch_size,
     owned_batch,
@@ -32,7 +31,7 @@ from ..parallel.fsdp import gathered
 from ..parallel.ranks import Ranks
 from .isolation import IsolatedModel, Result, isolate, run_isolated
 from .known_losses import known_loss
-from .loss import check_loss, explains_missing_targets, require_loss_function
+from .loss import check_loss, explains_targets, require_loss_function
 from .overwriting import LossOverwrites, on_copies, versions
 from .provenance import Traced
 from .recording import RecordingFailed
@@ -191,16 +190,16 @@ def measure(
         _require_present(model, layer)
     if by_sample:
         _refuse_packed(inputs)
-    mismatch = None
     owned = owned_batch(inputs, targets, sample_dim)
     whole = owned is not None and (owned.num_samples == 1 or not by_sample)  # a Hessian needs to know of no samples
     if whole:
         owned = None
     try:
-        count = 1 if whole else batch_size(inputs, targets, sample_dim)
-    except BatchMismatch as error:
+        count, mismatch = 1 if whole else batch_size(inputs, targets, sample_dim), None
+    except InvalidArgumentError as error:
         if by_sample:
             raise
+        batch_size(inputs, None, sample_dim)  # raises again where it is not the targets that do not fit
         count, mismatch = 1, error
     if any(t.is_inference() for t in tensors_in(targets)):  # which autograd does not take
         targets = map_tensors(_usable, targets)
@@ -218,7 +217,7 @@ def measure(
             return work(task)
 
     kept = [] if known else [(t, t.clone()) for t in tensors_in(targets)]
-    with explains_missing_targets(inputs, targets):
+    with explains_targets(inputs, targets):
         try:
             return _measured(on_isolated, model)
         except LossOverwrites:

@@ -62,7 +62,9 @@ def verify(
     scale = _scale_of_training(fisher, loss_fn, inputs, targets)
     told = usable_scale(fisher.loss_scale)
     if scale is not None and abs(scale / told - 1) > TOLERANCE:
-        return Verification(False, f"gradients are scaled by {fraction(scale)}: pass loss_scale={fraction(scale)}.")
+        cleared = ", or clear them where several passes of this batch have added them up" if scale > told else ""
+        told_of = f"gradients are scaled by {fraction(scale)}: pass loss_scale={fraction(scale)}{cleared}."
+        return Verification(False, told_of)
     if scale is None and fisher.accumulation.reason:
         return Verification(False, fisher.accumulation.reason)
     online, reasons = _online(fisher, sample_dim, loss_fn, inputs, targets)

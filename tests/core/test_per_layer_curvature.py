@@ -1,6 +1,7 @@
 """The documented functions: importable as written, their examples run from the document's own text."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,13 @@ import torch
 from torch import nn
 
 import secorder
-from secorder import CurvatureProbe, ProbeStateError, per_layer_fisher_diagonal, per_layer_hessian_diagonal
+from secorder import (
+    CurvatureProbe,
+    CurvatureWarning,
+    ProbeStateError,
+    per_layer_fisher_diagonal,
+    per_layer_hessian_diagonal,
+)
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "per_layer_curvature.rst"
 SHARED = Path(__file__).parents[3] / "shared" / "per_layer_curvature.rst"
@@ -82,3 +89,26 @@ def test_numbers_are_those_of_a_probe_which_takes_no_batch_once_detached() -> No
         with pytest.raises(ProbeStateError):
             measure(batch[0], data)
     assert len(list(data)) == 1
+
+
+def test_layers_are_chosen_as_the_probe_chooses_them() -> None:
+    model, batch = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (torch.randn(5, 3), torch.randn(5, 2))
+    model[0].requires_grad_(False)
+    for measure in (per_layer_hessian_diagonal, per_layer_fisher_diagonal):
+        assert list(measure(model, nn.MSELoss(), *batch)) == ["2"]
+        whole = measure(model, nn.MSELoss(), *batch, frozen=True)
+        assert list(whole) == ["0", "2"]
+        for names in ("0", iter(["0"])):
+            named = measure(model, nn.MSELoss(), *batch, layers=names)
+            assert list(named) == ["0"]
+            torch.testing.assert_close(named["0"], whole["0"])
+
+
+def test_a_model_without_layers_of_the_default_types_is_told_of() -> None:
+    model, batch = nn.Sequential(nn.LayerNorm(3)), (torch.randn(5, 3), torch.randn(5, 3))
+    with pytest.warns(CurvatureWarning, match='has no nn.Linear or nn.Conv2d.*layer_types="all"'):
+        assert per_layer_hessian_diagonal(model, nn.MSELoss(), *batch) == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert per_layer_hessian_diagonal(model, nn.MSELoss(), *batch, layer_types=nn.Linear) == {}
+        assert per_layer_hessian_diagonal(nn.Tanh(), nn.MSELoss(), *batch) == {}

@@ -136,7 +136,9 @@ def test_what_passes_for_a_data_set() -> None:
     assert not is_data_set([X, Y], None)
     assert not is_data_set([(X, X), (X, X)], Y)
     assert not any(is_data_set(batch, None) for batch in (X, [X], (X, Y), {"x": X}, Graph(), None))
-    assert not is_data_set(iter([X]), Y)
+    for stream in (iter([X]), DataLoader(X)):
+        with pytest.raises(InvalidArgumentError, match=r"yields \(inputs, targets\): pass no targets beside it"):
+            is_data_set(stream, Y)
 
 
 def test_batches_without_samples_count_as_nothing() -> None:

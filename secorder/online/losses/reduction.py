@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._arguments import require_integer, shown
-from ...errors import InvalidArgumentError
+from ...errors import InvalidArgumentError, InvalidTypeError
 
 
 class HasScale(Protocol):
@@ -153,6 +153,8 @@ def token_weights(
         >>> token_weights()(labels=labels)
         tensor([0.3333, 0.6667])
     """
+    if isinstance(labels, Tensor):
+        raise InvalidTypeError("labels must be the name or the place of the argument that holds them, not the labels.")
     if not isinstance(labels, str):
         require_integer("labels", labels, 0)
     require_integer("ignore_index", ignore_index, -sys.maxsize)
