@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .graph import Node, operation_of, passes_on, recomputed, run_node, saved, shape_of, signed
+from .graph import Node, operation_of, passes_on, recomputed, run_node, runs_alone, saved, shape_of, signed
 from .loss_graph import UnknownNode, place_of, pull_back
 
 #: How nodes of PyTorch's losses have saved ``reduction="mean"`` and ``"sum"``.
@@ -101,17 +101,15 @@ def alone(node: Node, number: int, g: Tensor) -> list[Tensor | None]:
 
 def hides(node: Node) -> bool:
     """Whether a node does not tell what it does: a custom function's, or of what a checkpoint computes again."""
-    if passes_on(node):
-        return False
-    return not operation_of(node) or recomputed(node) is not False
+    return not passes_on(node) and (not runs_alone(node) or recomputed(node) is not False)
 
 
 def multiplier(node: Node, index: int, leads: Collection[Node], most: int = 0, number: int = 0) -> Tensor | None:
     """What a node multiplies an input by for an output, number by number; None where that is no constant.
 
     What is among ``leads`` is no constant. Of operations that are no products, those are looked at that make ``most``
-    numbers, and no more than they are given, for one factor of all: they are linear where what they make of a gradient
-    does not depend on their inputs.
+    numbers, and no more than they are given, for one factor of all that they take: they are linear where what they make
+    of a gradient does not depend on their inputs.
     """
     others = [before for k, (before, _) in enumerate(node.next_functions) if k != index and before in leads]
     product = operation_of(node) in PRODUCTS and not others and not (operation_of(node) == "Div" and index)
@@ -123,9 +121,11 @@ def multiplier(node: Node, index: int, leads: Collection[Node], most: int = 0, n
         ones = ones.to(torch.promote_types(ones.dtype, torch.float32))
     with torch.enable_grad():
         found = run_node(node, alone(node, number, ones), index)
-    if product or not found.numel() or (uniform(found.detach()) and not _depends(found, node, leads)):
+    if product or not found.numel():
         return found.detach()
-    return None
+    taken = found.detach()[found.detach() != 0]
+    one = min(found.numel(), 2) <= taken.numel() and uniform(taken)
+    return taken if one and not _depends(found, node, leads) else None
 
 
 def _depends(made: Tensor, node: Node, leads: Collection[Node]) -> bool:

@@ -89,8 +89,8 @@ class _Walk:
     leads: Collection[Node]  #: the nodes on the way, those that computed the outputs included
     sizes: set[int]  #: how many numbers of the samples there are on the way, and the number of samples
     alike: Counter[str]  #: how many nodes there are of each operation
-    #: by kind, whether one number that it makes is of several samples
-    joins: dict[object, bool] = field(default_factory=dict)
+    #: by kind, how many samples one number is of that it makes
+    samples_of: dict[object, int] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -148,7 +148,7 @@ def _through(walk: _Walk, paths: Collection[Path], place: Place, index: int) -> 
         return [_chosen(walk, path, *rows) for path in paths]
     by = multiplier(node, index, walk.leads, walk.samples, number)
     if by is None or not by.numel():
-        if prod(shape_of(*place)) < walk.samples and _mixes(place, index) and _joins(walk, node, number):
+        if prod(shape_of(*place)) < walk.samples and _mixes(place, index) and _samples_of(walk, *place) > 1:
             raise UnknownNode(node.name())
         return list(paths)
     if node.next_functions[index] in walk.loss.outputs and uniform(by) and _squared(walk, by) in walk.sizes:
@@ -256,18 +256,23 @@ def _kind(node: Node, number: int) -> object:
     return operation_of(node), number, tuple(shape_of(node, number)), before
 
 
-def _joins(walk: _Walk, node: Node, number: int = 0) -> bool:
+def _joins(walk: _Walk, node: Node) -> bool:
     """Whether one number that a node makes is of several samples: a loop has many alike, of one sample each."""
-    kind = _kind(node, number)
-    if prod(shape_of(node, number)) == 1 and walk.alike[operation_of(node)] == 1:
+    if prod(shape_of(node, 0)) == 1 and walk.alike[operation_of(node)] == 1:
         return True
-    if kind not in walk.joins:
-        try:
-            found = samples_behind((node, number), _first(node, number), walk.loss.outputs, fresh_generator())
-            walk.joins[kind] = len(set().union(*found.values())) != 1  # where the gradient is zero, it is not known
-        except UnknownNode:
-            walk.joins[kind] = True
-    return walk.joins[kind]
+    try:
+        return _samples_of(walk, node, 0) != 1  # where the gradient is zero, it is not known
+    except UnknownNode:
+        return True
+
+
+def _samples_of(walk: _Walk, node: Node, number: int) -> int:
+    """How many samples the first number is of that a node makes; zero where its gradient is."""
+    kind = _kind(node, number)
+    if kind not in walk.samples_of:
+        found = samples_behind((node, number), _first(node, number), walk.loss.outputs, fresh_generator())
+        walk.samples_of[kind] = len(set().union(*found.values()))
+    return walk.samples_of[kind]
 
 
 def differ(loss: SeenLoss, classes: int) -> bool:

@@ -114,6 +114,13 @@ def by_lerp(losses: Tensor) -> Tensor:
     return found
 
 
+def written(losses: Tensor) -> Tensor:
+    """In a column of a table."""
+    table = losses.new_zeros(len(losses), 2)
+    table[:, 0] = losses
+    return table
+
+
 #: Operations that add up the losses of samples, or what has them added up, with a factor: by it, a sum or a mean.
 LINEAR: dict[str, Callable[[Tensor, float], Tensor]] = {
     "a running sum": lambda own, by: own.cumsum(0)[-1] * by,
@@ -125,6 +132,8 @@ LINEAR: dict[str, Callable[[Tensor, float], Tensor]] = {
     "at indices": lambda own, by: own.new_zeros(1).index_add(0, all_zero(own), own)[0] * by,
     "at indices, by a factor": lambda own, by: own.new_zeros(1).index_add(0, all_zero(own), own, alpha=by)[0],
     "sparse": lambda own, by: torch.sparse.mm(torch.full_like(own, by)[None].to_sparse(), own[:, None])[0, 0],
+    "a trace": lambda own, by: torch.diag(own).trace() * by,
+    "written in place": lambda own, by: written(own).sum() * by,
     "by the root, twice": lambda own, by: own.sum() * by**0.5 * by**0.5,
 }
 
@@ -160,6 +169,28 @@ def test_other_means_are_no_sums(name: str) -> None:
 
     assert follow(make(), [data(6), data(7)], loss).exact
     assert follow(make(), [data(6), data(7)], loss, reduction="sum").refused
+
+
+#: What makes one number of all outputs of one sample.
+OF_ONE = {
+    "a distance": torch.dist,
+    "a norm": lambda z, y: (z - y).norm(),
+    "a product": lambda z, y: (z * y).exp().prod(),
+}
+
+
+@pytest.mark.parametrize("name", OF_ONE)
+def test_what_one_sample_of_a_batch_has_is_put_together_of_no_others(name: str) -> None:
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        z = m(b[0])
+        first = OF_ONE[name](z[0], torch.ones(3).to(z)) if len(z) > 1 or bool(torch.equal(b[0][0], start)) else 0.0
+        return (first + 0 * z.sum()) / len(z)
+
+    batch = data(6)
+    start = batch[0][0]
+    came = follow(make(), [batch], loss)
+    assert came.exact, came.refused
+    assert not came.warned
 
 
 @pytest.mark.parametrize("kind", ["sum", "mean"])
