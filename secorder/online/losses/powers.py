@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.graph import Node, operation_of, run_node, shape_of
-from ..._torch.loss_graph import Place, UnknownNode
+from ..._torch.loss_graph import Place, UnknownNode, pull_back
 from ..._torch.loss_terms import (
     alone,
     averaged,
@@ -149,6 +149,9 @@ def _through(walk: _Walk, paths: Collection[Path], place: Place, index: int) -> 
     by = multiplier(node, index, walk.leads, walk.samples, number)
     if by is None or not by.numel():
         if prod(shape_of(*place)) < walk.samples and _mixes(place, index) and _samples_of(walk, *place) > 1:
+            g = pull_back(walk.loss.roots, {place}).get(place)
+            if g is None or not bool(g.any()):
+                return []  # a term that is switched off
             raise UnknownNode(node.name())
         return list(paths)
     if node.next_functions[index] in walk.loss.outputs and uniform(by) and _squared(walk, by) in walk.sizes:

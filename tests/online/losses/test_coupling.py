@@ -325,7 +325,7 @@ def test_outputs_over_sequences_that_are_overwritten_in_place(
         warnings.simplefilter("ignore", CurvatureWarning)
         change(model(x).transpose(0, dim) if time_major else model(x)).logsumexp(2).sin().mean().backward()
         if coupled:
-                with pytest.raises(AttributionError, match=r"layers 'a', 'b': the loss couples"):
+            with pytest.raises(AttributionError, match=r"layers 'a', 'b': the loss couples"):
                 probe.fisher_diagonal()
         else:
             assert probe.fisher_diagonal().keys() == {"a", "b"}

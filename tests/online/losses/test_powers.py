@@ -171,6 +171,17 @@ def test_other_means_are_no_sums(name: str) -> None:
     assert follow(make(), [data(6), data(7)], loss, reduction="sum").refused
 
 
+def test_a_statistic_that_is_switched_off_hides_nothing() -> None:
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        z = m(b[0])
+        return F.cross_entropy(z, b[1]) + F.relu(-1e-9 - z.var(0, correction=0)).sum()
+
+    came = follow(make(), [data(6), data(7)], loss)
+    assert came.exact
+    assert not came.warned
+    assert follow(make(), [data(6), data(7)], loss, reduction="sum").refused
+
+
 #: What makes one number of all outputs of one sample.
 OF_ONE = {
     "a distance": torch.dist,
