@@ -415,7 +415,7 @@ class CurvatureProbe:
             max_draws: draws at most, with ``rtol``; 10,000 by default.
             generator: random numbers of ``"mc"`` and ``rtol``; the global random state is never advanced.
             create_graph: make the result differentiable with respect to the model's parameters.
-            chunk_size: vector-Jacobian products batched at most; by default as many as fit 256 MB.
+            chunk_size: vector-Jacobian products batched at most; by default as many as fit 256 MB, on a CPU 32 MB.
             progress: show a ``rich`` progress bar.
             synchronize: of all samples of all ranks (see :meth:`synchronize`); every rank must call it.
             missing: without ``loss_fn``, what to do where a layer's number cannot be given: ``"raise"``, or ``"skip"``
@@ -663,7 +663,7 @@ class CurvatureProbe:
                 many as take some ten seconds.
             generator: random numbers, of the draws and of the checks; the global random state is never advanced.
             create_graph: make the result differentiable with respect to the model's parameters (``"exact"`` only).
-            chunk_size: Hessian-vector products batched at most; by default as many as fit 256 MB.
+            chunk_size: Hessian-vector products batched at most; by default as many as fit 256 MB, on a CPU its caches.
             progress: show a ``rich`` progress bar.
 
         Returns:

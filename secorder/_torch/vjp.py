@@ -22,6 +22,10 @@ CHUNK_BYTES = {"cpu": 1 << 25}
 ACCELERATOR_CHUNK_BYTES = 1 << 28
 PART_OF_FREE_MEMORY = 8
 
+#: What a Hessian-vector product passes through from which on it is made alone on a CPU. Measured: together they take a
+#: quarter to a third more in networks with group normalisation and attention, and a tenth less at best in others.
+ALONE_BYTES = 1 << 19
+
 #: A tensor of a graph, or the edge that names it.
 End = GradientEdge | Tensor
 
@@ -187,6 +191,13 @@ def default_chunk_size(elements: int, like: Tensor, chunk_size: int | None) -> i
     if free is not None:
         budget = free // PART_OF_FREE_MEMORY
     return max(1, budget // max(1, 4 * elements * like.element_size()))
+
+
+def products_at_once(elements: int, like: Tensor, chunk_size: int | None) -> int:
+    """How many Hessian-vector products to batch: as :func:`default_chunk_size`, but on a CPU no long ones."""
+    if chunk_size is None and like.device.type == "cpu" and elements * like.element_size() >= ALONE_BYTES:
+        return 1
+    return default_chunk_size(elements, like, chunk_size)
 
 
 def check_chunk_size(chunk_size: int | None) -> None:

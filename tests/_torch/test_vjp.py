@@ -7,7 +7,15 @@ from torch.autograd.function import once_differentiable
 
 from secorder import DoubleBackwardError, InvalidArgumentError
 from secorder._torch import vjp
-from secorder._torch.vjp import check_chunk_size, chunks, default_chunk_size, gradients, split_like, stacked_vjp
+from secorder._torch.vjp import (
+    check_chunk_size,
+    chunks,
+    default_chunk_size,
+    gradients,
+    products_at_once,
+    split_like,
+    stacked_vjp,
+)
 
 
 class NoBatching(torch.autograd.Function):
@@ -71,6 +79,15 @@ def test_chunks() -> None:
         assert default_chunk_size(100, torch.zeros(1, dtype=torch.float32), None) == 7
     with pytest.raises(InvalidArgumentError, match="chunk_size"):
         check_chunk_size(0)
+
+
+def test_long_products_are_made_alone_on_a_cpu() -> None:
+    like = torch.zeros(1, dtype=torch.float32)
+    assert products_at_once((1 << 17) - 1, like, None) == default_chunk_size((1 << 17) - 1, like, None) > 1
+    assert products_at_once(1 << 17, like, None) == products_at_once(1 << 16, like.double(), None) == 1
+    assert products_at_once(1 << 17, like, 3) == 3
+    elsewhere = torch.zeros(1, device="meta")
+    assert products_at_once(1 << 17, elsewhere, None) == default_chunk_size(1 << 17, elsewhere, None)
 
 
 class Broken(NoBatching):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..._torch.memory import most_bytes
-from ..._torch.vjp import default_chunk_size
+from ..._torch.vjp import default_chunk_size, products_at_once
 from ...layers.selection import Layer
 from ...results import Strategy
 from ..measurement import Measurement
@@ -88,6 +88,10 @@ _IN_Z = (
     Strategy.OUTPUT_DRAWS,
     Strategy.RULE,
 )
+
+
+#: Strategies whose products are with the Hessian, of one layer.
+_BY_LAYER = (Strategy.OUTPUT_BASIS, Strategy.OUTPUT_DRAWS, Strategy.PARAMETER_BASIS, Strategy.PARAMETER_DRAWS)
 
 
 def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> Cost:
@@ -181,6 +185,7 @@ def layer_cost(task: Measurement, facts: Facts, choice: Choice, seconds: float =
     elements = facts.output_elements if in_z else facts.parameter_elements
     layer = next(x for x in task.layers if x.name == facts.layer)
     like = next(iter(layer.parameters.values()))
-    batch = min(max(choice.products, 1), default_chunk_size(elements, like, task.chunk_size))
+    at_once = products_at_once if choice.strategy in _BY_LAYER else default_chunk_size
+    batch = min(max(choice.products, 1), at_once(elements, like, task.chunk_size))
     num_bytes = facts.num_bytes or 4 * batch * elements * like.element_size()
     return LayerCost(choice.strategy, choice.products, choice.exact_products, num_bytes, seconds)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..._torch.vjp import chunks, default_chunk_size, split_like, stacked_vjp
+from ..._torch.vjp import chunks, products_at_once, split_like, stacked_vjp
 from ...layers.dtypes import compute_dtype
 from ...layers.selection import Layer
 from ...results import Strategy
@@ -48,7 +48,7 @@ def run(
     sizes = [s.numel() for s in replacements]
     diagonal = []
     for ids in chunks(
-        min(sum(sizes), limit or sum(sizes)), default_chunk_size(elements, replacements[0], task.chunk_size)
+        min(sum(sizes), limit or sum(sizes)), products_at_once(elements, replacements[0], task.chunk_size)
     ):
         flat = replacements[0].new_zeros(len(ids), sum(sizes))
         flat[range(len(ids)), list(ids)] = 1

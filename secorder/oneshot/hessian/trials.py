@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from ..._torch.vjp import default_chunk_size
+from ..._torch.vjp import default_chunk_size, products_at_once
 from ...layers.layout import DIM_ZERO
 from ...layers.selection import Layer
 from ...results import Strategy
@@ -293,7 +293,7 @@ def _drawn_alone(
         with recording.paused():
             return [parameter_draws.run(task, layer, own, budget, elements, _nothing, reduce, seconds)]
 
-    return draws, default_chunk_size(elements, next(iter(layer.parameters.values())), task.chunk_size)
+    return draws, products_at_once(elements, next(iter(layer.parameters.values())), task.chunk_size)
 
 
 def _drawn_columns(
@@ -349,7 +349,7 @@ def _in_z(task: Measurement, graph: LayerGraph, facts: Facts) -> _Trial:
     def trial(count: int) -> None:
         output_basis.run(task, graph, facts.output_elements, _nothing, count)
 
-    size = default_chunk_size(facts.output_elements, graph.leaves[0], task.chunk_size)
+    size = products_at_once(facts.output_elements, graph.leaves[0], task.chunk_size)
     return trial, min(size, facts.outputs)
 
 
@@ -358,7 +358,7 @@ def _on_parameters(task: Measurement, layer: Layer, own: Sequence[Tensor | None]
         parameter_basis.run(task, layer, own, facts.parameter_elements, _nothing, count)
 
     like = task.isolated.replacements(layer)[0]
-    size = default_chunk_size(facts.parameter_elements, like, task.chunk_size)
+    size = products_at_once(facts.parameter_elements, like, task.chunk_size)
     return trial, min(size, facts.numel)
 
 

@@ -3,6 +3,7 @@
 import pytest
 from torch import nn
 
+from secorder._torch import vjp
 from secorder._torch.memory import most_bytes
 from secorder._torch.vjp import CHUNK_BYTES
 from secorder.oneshot.hessian import parameter_basis
@@ -27,7 +28,8 @@ def test_it_is_exact_with_a_product_for_each_element(build, layer: str) -> None:
     assert sum(told) == sum(p.numel() for p in model.get_submodule(layer).parameters())
 
 
-def test_products_are_gone_before_there_are_the_next() -> None:
+def test_products_are_gone_before_there_are_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vjp, "ALONE_BYTES", 1 << 40)
     model, batch = nn.Sequential(nn.Linear(4, 600), nn.Tanh(), nn.Linear(600, 3)), data()
 
     def peak(limit: int) -> int:
