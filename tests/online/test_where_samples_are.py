@@ -577,6 +577,23 @@ def test_what_only_a_loss_beside_rows_depends_on(sizes: list[tuple[int, int]], h
     assert came.left_out.keys() == ({""} if hooked else set())  # operations are not followed past hooks
 
 
+@pytest.mark.parametrize("coupled", [False, True])
+def test_outputs_that_are_one_sample_each_have_as_many_rows_as_there_are_samples(coupled: bool) -> None:
+    """Features of images, say, as a list of one tensor each: samples in their rows would influence one another."""
+
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        z = torch.tanh(m.a(x))
+        return m.b(z.cumsum(1).mean(1)), list(z.cumsum(1) - z.mean() if coupled else z.cumsum(1))
+
+    def loss(m: nn.Module, batch: Pair) -> Tensor:
+        return F.cross_entropy(m(batch[0])[0], batch[1])
+
+    sizes = [(4, 4), (3, 4), (2, 4), (4, 4), (4, 2), (3, 3), (2, 2), (4, 8)]
+    came = follow(two_layers(forward), sequences(*sizes), loss)
+    assert came.refused.keys() == ({"a", "b"} if coupled else set())
+    assert came.exact or coupled
+
+
 def gpt(**options: Any) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=13, n_positions=12, resid_pdrop=0.0,

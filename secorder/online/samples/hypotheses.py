@@ -179,31 +179,46 @@ def separates(
 
     Each mask, bool, shape (N,), tells the samples that a trial changes.
     """
-    options = [any_layout(f, hypothesis.num_samples) for f in base]
-    if not any(options):
+    layouts = [any_layout(f, hypothesis.num_samples) for f in base]
+    if not any(layouts):
         return None
-    changes, base = False, [f.detach() for f in base]
+    options, changes, base = list(layouts), False, [f.detach() for f in base]
     bounds = [rounding_in(f) for f in base]
+    owners = [torch.ones(hypothesis.num_samples, dtype=torch.bool) for _ in base]  # that may own all of an output
     for mask in masks:
         try:
             with torch.no_grad():
                 changed = floating(run_changed(forward, arguments, hypothesis, mask))
         except Exception:  # inputs that the model does not accept tell nothing
-            return Separation(options, changed=False, accepted=False)
+            return Separation(layouts, changed=False, accepted=False)
         if len(changed) != len(base):
             return None
         for index, (before, after) in enumerate(zip(base, changed, strict=True)):
-            if not options[index]:
+            if not layouts[index]:
                 continue
             if before.shape != after.shape:
                 return None
-            moved = changed_samples(before, after, options[index], bounds[index])
+            moved = changed_samples(before, after, layouts[index], bounds[index])
             kept = ~mask.to(before.device)
-            changes = changes or bool(moved[0].any())
-            options[index] = [o for o, m in zip(options[index], moved, strict=True) if not bool(m[kept].any())]
-            if not options[index]:
+            if moved[0].any():
+                changes = True
+                owners[index] = owners[index] & mask
+            still = [o for o, m in zip(layouts[index], moved, strict=True) if not bool(m[kept].any())]
+            options[index] = [o for o in options[index] if o in still]
+            if not options[index] and not owners[index].any():
                 return None
-    return Separation(options, changed=changes)
+    of_one = [
+        bool(o) or not every or _is_one(own, masks) for o, every, own in zip(options, layouts, owners, strict=True)
+    ]
+    return Separation(options, changed=changes) if any(options) and all(of_one) else None
+
+
+def _is_one(owners: Tensor, masks: Sequence[Tensor]) -> bool:
+    """Whether one sample alone moves an output: an entry of a list, say, of rows that are as many as the samples."""
+    return int(owners.sum()) == 1 and all(
+        bool(owners[n]) or any(bool(mask[n]) and not bool((mask & owners).any()) for mask in masks)
+        for n in range(len(owners))
+    )
 
 
 def equivariant(forward: Forward, arguments: Any, hypothesis: Hypothesis) -> bool:
