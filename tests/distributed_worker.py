@@ -54,6 +54,20 @@ def main(case: str) -> None:
             probe.synchronize()  # changes nothing more
             assert probe.num_samples == 24, probe.num_samples
             assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+    elif case == "other_ranks":  # one process began, as many go on, and one of them ends it
+        part = 12 // ranks
+        with CurvatureProbe(model) as probe:
+            F.cross_entropy(model(inputs[:12]), targets[:12]).backward()
+            state = probe.state_dict()
+            assert state["header"][-1] == ranks
+            state["header"][-1] = 1
+            probe.load_state_dict(state)
+            assert probe.num_samples == 12
+            own = slice(12 + part * rank, 12 + part * rank + part)
+            F.cross_entropy(model(inputs[own]), targets[own]).backward()
+            probe.synchronize()
+            assert probe.num_samples == 24
+            assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
     elif case == "windows":  # some ranks have looked at a window of their own before
         with CurvatureProbe(model) as probe:
             for part in (slice(0, 3), slice(3, 5), slice(5, None)):

@@ -1,5 +1,6 @@
 """FSDP2 (``fully_shard``): the modules that it manages, the hooks that it puts on them, and a rank's own part."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,12 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def flattens_parameters(module: nn.Module) -> bool:
+    """Whether a module is ``FullyShardedDataParallel`` (FSDP1), which computes with flattened parameters."""
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    return isinstance(module, getattr(loaded, "FullyShardedDataParallel", ()))
 
 
 def fsdp_mesh_dims(model: nn.Module) -> dict[int, int]:

@@ -26,6 +26,9 @@ except ImportError as error:
 
 __all__ = ["CurvatureCallback"]
 
+#: What the first rank writes into checkpoints.
+_FILE = "curvature.pt"
+
 #: What is said where the model does not see the labels.
 _OUTSIDE = (
     "the model is called without labels (label smoothing, compute_loss_func, a compute_loss that takes them out), so "
@@ -157,8 +160,8 @@ class CurvatureCallback(TrainerCallback, ExportableState):
         told = args.resume_from_checkpoint
         folders = [*([Path(told)] if isinstance(told, str) else []), _checkpoint(args, state)]
         for folder in folders:
-            file = folder / _file(args)
-            if file.is_file():
+            there = [file for file in (folder / _file(args), folder / _FILE) if file.is_file()]
+            for file in there[:1]:  # the first rank's, where there were fewer ranks
                 saved = torch.load(file, weights_only=True)
                 probe.load_state_dict(saved["probe"])
                 recorder.load_state_dict(saved["recorder"])
@@ -178,7 +181,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _file(args: TrainingArguments) -> str:
-    return "curvature.pt" if args.process_index == 0 else f"curvature-{args.process_index}.pt"
+    return _FILE if args.process_index == 0 else f"curvature-{args.process_index}.pt"
 
 
 def _is_json(value: Any) -> bool:

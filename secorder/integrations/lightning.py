@@ -213,6 +213,13 @@ class CurvatureCallback(pl.Callback):
 
     # ---- checkpoints
 
+    @property
+    def state_key(self) -> str:
+        """What tells the states of several callbacks of one trainer apart: of a generator and a discriminator, say."""
+        options = {"module": self._module, **self._probe_arguments}
+        told = {key: options[key] for key in ("module", "layers", "accumulate") if options.get(key) is not None}
+        return f"{super().state_key}{told or ''}"
+
     def state_dict(self) -> dict[str, Any]:
         """What was accumulated and logged goes into Lightning's checkpoints.
 

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from .._arguments import like, listed, shown
 from .._torch.collectives import has_ranks
 from .._torch.differentiability import can_be_trained
-from .._torch.fsdp import fsdp_mesh_dims, sharded_by_gathered
+from .._torch.fsdp import flattens_parameters, fsdp_mesh_dims, sharded_by_gathered
 from .._torch.modules import (
     holds,
     is_scripted,
@@ -120,6 +120,11 @@ def select_layers(
         raise InvalidTypeError(
             "nn.DataParallel runs on replicas that hooks cannot follow: attach to the wrapped model "
             "(model.module) on one device, or use DistributedDataParallel."
+        )
+    if any(map(flattens_parameters, named.values())):
+        raise InvalidTypeError(
+            "FullyShardedDataParallel computes with flattened parameters, which cannot be followed: shard the model by "
+            "fully_shard (FSDP2)."
         )
     chosen = _choose(named, layer_types, layers)
     if gathered := sharded_by_gathered(model) if has_ranks() else {}:  # evaluation may have left them whole

@@ -1,6 +1,7 @@
 """What was accumulated, as tensors: saved, loaded, and added up over the ranks of a process group."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._arguments import listed
+from .._torch.collectives import has_ranks
 from .._torch.surroundings import lasting
 from ..errors import InvalidArgumentError
 from ..parallel.all_reduce import add_up
@@ -15,6 +17,7 @@ from ..parallel.fsdp import Shard, part_of
 from .agreement import share_troubles
 from .fisher import OnlineFisher
 from .norm_sums import COLUMNS, NormSums
+from .reading import everything, ranks
 from .sums import LayerSums
 from .window_sums import WindowSums, put_aside
 
@@ -22,7 +25,10 @@ if TYPE_CHECKING:
     from .hooks import Attachment
 
 #: Of the layout of :meth:`CurvatureProbe.state_dict`.
-VERSION = 4
+VERSION = 5
+
+#: What a state begins with, by its version; the one before did not tell of how many parts it is one.
+HEADERS = {4: (5,), VERSION: (6,)}
 
 #: Before the keys of what was accumulated before the last look at a window.
 EARLIER = "earlier/"
@@ -38,13 +44,17 @@ def _kind(fisher: OnlineFisher) -> str:
 _KINDS = ("mean", "sum", "weights")
 _ACCUMULATED = ("diagonal", "trace")
 
+#: The columns of norms that ranks share; the others are of each alone.
+_SHARED = [i for name, i in COLUMNS.items() if name not in ("batches", "kept")]
+
 
 def state_of(fisher: OnlineFisher, attachment: "Attachment | None") -> dict[str, Tensor]:
     """See :meth:`secorder.CurvatureProbe.state_dict`."""
     counts = [0, 0] if attachment is None else [attachment.counts[True], attachment.counts[False]]
     settings = _KINDS.index(_kind(fisher)), _ACCUMULATED.index(fisher.accumulate)
+    parts = _parts(fisher) if has_ranks() else round(ranks(everything(fisher)))  # it may be a part of what they had
     state = {
-        "header": torch.tensor([VERSION, *settings, *counts], device="cpu"),
+        "header": torch.tensor([VERSION, *settings, *counts, parts], device="cpu"),
         "decay": torch.tensor(fisher.decay or 0.0, dtype=torch.float64, device="cpu"),
         "failures": fisher.failures.counts.clone(),
         **_state_of(fisher, fisher, ""),
@@ -63,7 +73,7 @@ def _state_of(fisher: OnlineFisher, window: "OnlineFisher | WindowSums", prefix:
         )
         for (name, p), total in zip(layer.parameters.items(), sums.sums, strict=bool(sums.sums)):
             key = f"{prefix}sums/{layer.parameter_name(name)}"
-            state[key] = Shard.of(p).place(total.clone()) if layer.spread is not None else total.clone()
+            state[key] = Shard.of(p).place(total.clone()) if layer.spread is not None else total.clone().view(p.shape)
     return state
 
 
@@ -73,9 +83,10 @@ def load_state(fisher: OnlineFisher, attachment: "Attachment | None", state: Map
     none = torch.zeros(0)
     tensors = isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())
     header, decay = (state.get(key, none) if tensors else none for key in ("header", "decay"))
-    if header.shape != (5,) or decay.numel() != 1 or int(header[0]) != VERSION:
+    version = int(header[0]) if header.dim() == 1 and header.numel() else 0
+    if decay.numel() != 1 or header.shape != HEADERS.get(version):
         raise InvalidArgumentError(f"the state is not one of CurvatureProbe.state_dict(), version {VERSION}.")
-    _, kind, accumulated, *counts = (int(number) for number in header.tolist())
+    _, kind, accumulated, train, evaluated, *parts = (int(number) for number in header.tolist())
     theirs = (_KINDS[kind], float(decay) or None, _ACCUMULATED[accumulated])
     ours = (_kind(fisher), fisher.decay, fisher.accumulate)
     for key, own, other in zip(("reduction", "decay", "accumulate"), ours, theirs, strict=True):
@@ -83,8 +94,9 @@ def load_state(fisher: OnlineFisher, attachment: "Attachment | None", state: Map
             raise InvalidArgumentError(f"the state was accumulated with {key}={other!r}, not {own!r}.")
     _require_same_parameters(fisher, state)
     _require_whole(fisher, state)
-    now = _window_of(fisher, state, "")
-    earlier = _window_of(fisher, state, EARLIER) if f"{EARLIER}seen" in state else None
+    more = _parts(fisher) / parts[0] if parts else 1.0
+    now = _window_of(fisher, state, "", more)
+    earlier = _window_of(fisher, state, EARLIER, more) if f"{EARLIER}seen" in state else None
     fisher.reset()
     fisher.sums, fisher.batches, fisher.elsewhere = now.sums, now.batches, now.elsewhere
     fisher.norms = now.norms
@@ -92,11 +104,20 @@ def load_state(fisher: OnlineFisher, attachment: "Attachment | None", state: Map
     fisher.failures.counts.copy_(state["failures"])
     fisher.earlier = earlier
     if attachment is not None:
-        attachment.counts[True], attachment.counts[False] = counts
+        attachment.counts[True], attachment.counts[False] = train, evaluated
 
 
-def _window_of(fisher: OnlineFisher, state: Mapping[str, Tensor], prefix: str) -> WindowSums:
-    """What :func:`_state_of` told."""
+def _parts(fisher: OnlineFisher) -> int:
+    """How many ranks' sums together are those of all samples, each counted once; whole ones are one part."""
+    if not has_ranks() or (fisher.ranks is not None and fisher.ranks.data):
+        return 1
+    tensor = () if fisher.ranks is None else fisher.ranks.tensor
+    same = [mesh.size(dim) for mesh, dim in tensor]  # ranks with the same samples
+    return dist.get_world_size() // prod(map(int, same))
+
+
+def _window_of(fisher: OnlineFisher, state: Mapping[str, Tensor], prefix: str, more: float) -> WindowSums:
+    """What :func:`_state_of` told, divided where there are ``more`` parts now."""
     diagonal = fisher.accumulate == "diagonal"
     loaded = LayerSums.empty(fisher.layers, fisher.device, fisher.dtype, diagonal=diagonal)
     for layer in fisher.layers:
@@ -111,6 +132,8 @@ def _window_of(fisher: OnlineFisher, state: Mapping[str, Tensor], prefix: str) -
     seen, elsewhere, batches = state[f"{prefix}seen"].tolist()
     norms = NormSums(state[f"{prefix}norms"].to(fisher.norms.table, copy=True), round(batches))
     window = WindowSums(loaded, fisher.seen.new_tensor(seen), elsewhere, round(batches), norms)
+    if more != 1.0:
+        _divide(window, more)
     return put_aside(window) if prefix else window
 
 
@@ -178,14 +201,22 @@ def _share(window: "OnlineFisher | WindowSums", group: "dist.ProcessGroup | None
     every = list(window.sums.values())
     kept = [sums.counts[:2].clone() for sums in every]
     table = window.norms.table
-    columns = [i for name, i in COLUMNS.items() if name not in ("batches", "kept")]  # of this rank alone
-    shared = table[:, columns]
+    shared = table[:, _SHARED]
     add_up([window.seen, shared, *kept, *(total for sums in every for total in sums.sums)], group)
-    ranks = dist.get_world_size(group)
-    table[:, columns] = shared / ranks
+    table[:, _SHARED] = shared
     for sums, counts in zip(every, kept, strict=True):
-        sums.counts[:2] = counts / ranks
+        sums.counts[:2] = counts
+    window.elsewhere = 0.0
+    _divide(window, dist.get_world_size(group))
+
+
+def _divide(window: "OnlineFisher | WindowSums", parts: float) -> None:
+    """Keep one of so many parts of what is counted; the rest is elsewhere."""
+    whole = float(window.seen) + window.elsewhere
+    window.norms.table[:, _SHARED] /= parts
+    for sums in window.sums.values():
+        sums.counts[:2] /= parts
         for total in sums.sums:
-            total.div_(ranks)
-    window.elsewhere = float(window.seen) * (1 - 1 / ranks)
-    window.seen.div_(ranks)
+            total.div_(parts)
+    window.seen.div_(parts)
+    window.elsewhere = whole - float(window.seen)

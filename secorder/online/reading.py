@@ -174,7 +174,7 @@ def readable(fisher: OnlineFisher, missing: Missing, read: Read | None) -> tuple
                 raise _unseen(fisher, window, name)
         if any(sums.batches for sums in window.sums.values()):
             raise ProbeStateError(f"nothing is accumulated yet: every gradient so far held nan or inf: {_NOT_FINITE}")
-        trained = [x.name for x in fisher.layers if any(map(fisher.uncalled.trained, x.parameters.values()))]
+        trained = [x.name for x in fisher.layers if any(map(fisher.uncalled.changed, x.parameters.values()))]
         raise ProbeStateError(fisher.troubles.nothing_accumulated(fisher.model, trained))
     chosen = {}
     for name, count in counts.items():

@@ -85,13 +85,11 @@ BESIDE_OTHERS = frozenset(("no grad", "no gradient"))
 _IN_ITS_PLACE = (
     "hooks run only when the module itself is called, as model(x), and not for its methods (model.forward(x), "
     "policy.evaluate_actions(x)), for a parent that calls its parts, or for a copy: attach to the modules that are "
-    "called{}, or to one of your own whose forward calls the method."
+    "called{}, or to one of your own whose forward calls the method. If it is compiled, attach to what torch.compile "
+    "returned; if the whole training step is compiled (fullgraph=True), run every k-th step uncompiled."
 )
-_NEVER_CALLED = (
-    f"The model that the probe is attached to was not called: {_IN_ITS_PLACE} If it is compiled, attach to what "
-    "torch.compile returned; if the whole training step is compiled (fullgraph=True), run every k-th step uncompiled."
-)
-_BY_OTHERS = f"Its parameters got gradients all the same: {_IN_ITS_PLACE}"
+_NEVER_CALLED = f"The model that the probe is attached to was not called: {_IN_ITS_PLACE}"
+_BY_OTHERS = f"Its parameters were trained all the same: {_IN_ITS_PLACE}"
 
 
 class Troubles:
@@ -179,7 +177,7 @@ class Troubles:
             return None
 
     def nothing_accumulated(self, model: nn.Module, trained: Sequence[str]) -> str:
-        """Why nothing is accumulated, by what the hooks saw; layers got gradients all the same (``trained``)."""
+        """Why nothing is accumulated, by what the hooks saw; ``trained`` are layers that learnt all the same."""
         told = [text for key, text in CAUSES.items() if key in self._causes]
         if not told or (trained and self._causes <= BESIDE_OTHERS):
             children = {name.split(".")[0] for name in trained}

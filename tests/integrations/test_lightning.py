@@ -203,6 +203,22 @@ def test_a_run_that_is_resumed_has_everything(tmp_path: Path, data: TensorDatase
     assert second.recorder.history.to_dict() == whole.recorder.history.to_dict()
 
 
+def test_several_callbacks_of_one_trainer(tmp_path: Path, data: TensorDataset) -> None:
+    """Each finds its own state in the checkpoint."""
+    loader, saved = DataLoader(data, batch_size=4), tmp_path / "two.ckpt"
+    for epochs, checkpoint in ((1, None), (2, saved)):
+        callbacks = [
+            CurvatureCallback("net", **{"log_every": 1}),
+            CurvatureCallback("net", accumulate="trace", every=2),
+        ]
+        fitted = trainer(tmp_path, *callbacks, max_epochs=epochs)
+        fitted.fit(Model(), loader, ckpt_path=checkpoint)
+        fitted.save_checkpoint(saved)
+        found = [callback.probe for callback in callbacks]
+        assert [(p.accumulate, p.num_samples) for p in found if p] == [("diagonal", 16 * epochs), ("trace", 8 * epochs)]
+    assert CurvatureCallback().state_key == "CurvatureCallback"
+
+
 def test_layers_of_another_type(tmp_path: Path, data: TensorDataset) -> None:
     callback = CurvatureCallback("net", nn.Linear, layers="2", decay=0.5)
     trainer(tmp_path, callback).fit(Model(), DataLoader(data, batch_size=8))

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from secorder import CurvatureProbe, InvalidArgumentError
+from secorder.online.norm_sums import COLUMNS
 
 from ..helpers import data, mlp, step
+from ..reference import assert_all_close
 
 
 def test_a_state_is_tensors_alone_and_comes_back() -> None:
@@ -16,9 +18,13 @@ def test_a_state_is_tensors_alone_and_comes_back() -> None:
         step(model, batch)
         state = probe.state_dict()
         assert all(isinstance(value, torch.Tensor) for value in state.values())
+        assert all(state[f"sums/{name}"].shape == p.shape for name, p in model.named_parameters())
         before = probe.fisher_diagonal()
         step(model, batch)
-        probe.load_state_dict(state)
+        before_now = {key: value.flatten() for key, value in state.items()}
+        before_now["header"] = torch.cat([torch.tensor([4]), state["header"][1:5]])
+        for loaded in (state, before_now):
+            probe.load_state_dict(loaded)
         assert probe.num_samples == 6
         assert all(torch.equal(probe.fisher_diagonal()[name], value) for name, value in before.items())
 
@@ -61,3 +67,42 @@ def test_a_damaged_state_is_refused_whole(accumulate: Any, windows: bool) -> Non
         assert probe.fisher_trace() == before
         probe.load_state_dict(state)
         assert probe.fisher_trace() == before
+
+
+@pytest.mark.parametrize("accumulate", ["diagonal", "trace"])
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_part_of_what_ranks_had_is_the_whole_where_one_process_goes_on(accumulate: Any, windows: bool) -> None:
+    model, batches = mlp(), [data(), data(), data()]
+
+    def trained(*parts: Any, state: Any = None) -> CurvatureProbe:
+        with CurvatureProbe(model, accumulate=accumulate, reduction="mean") as probe:
+            if state is not None:
+                probe.load_state_dict(state)
+            for number, batch in enumerate(parts):
+                step(model, batch)
+                if windows and not number:
+                    probe.window()
+        return probe
+
+    state = trained(*batches[:2]).state_dict()
+    assert state["header"][-1] == 1
+    state["header"][-1] = 3
+    for key, value in state.items():  # a third of it, as each of three ranks has
+        if key.endswith("seen"):
+            whole = value[0].item()
+            value[0] /= 3
+            value[1] = whole - value[0]
+        elif "sums/" in key:
+            value /= 3
+        elif "counts/" in key:
+            value[:2] /= 3
+        elif key.endswith("norms"):
+            value[:, [i for name, i in COLUMNS.items() if name not in ("batches", "kept")]] /= 3
+    found, expected = trained(batches[2], state=state), trained(*batches)
+    assert found.num_samples == expected.num_samples
+    for told, number in expected.fisher_trace().items():
+        assert found.fisher_trace()[told].value == pytest.approx(number.value, rel=1e-12)
+    noise, other = found.gradient_noise_scale().total, expected.gradient_noise_scale().total
+    assert (noise.squared_norm, noise.variance) == pytest.approx((other.squared_norm, other.variance))
+    if accumulate == "diagonal":
+        assert_all_close(found.fisher_diagonal(), expected.fisher_diagonal())

@@ -618,6 +618,11 @@ def test_a_method_that_trains_what_is_called_without_gradients() -> None:
         assert "no_grad" in message
         assert "evaluate_actions" in message
         assert "(perhaps 'extractor')" in message  # a list is never called, and no gradient comes to the other
+        assert "torch.compile" in message
+        with torch.no_grad():
+            policy.extractor[0].weight.add_(1.0)
+        policy.zero_grad()
+        assert nothing_told(probe) == message  # gradients are gone, and parameters have moved
     evaluation = Evaluation(policy)
     policy.zero_grad()
     with (

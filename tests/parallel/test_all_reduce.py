@@ -18,7 +18,7 @@ from ..reference import assert_all_close
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("case", ["online", "windows", "norms", "averaged", "decay", "one_shot"])
+@pytest.mark.parametrize("case", ["online", "windows", "other_ranks", "norms", "averaged", "decay", "one_shot"])
 def test_ranks_agree_with_one_process(case: str, ranks: int) -> None:
     run_ranks(case, ranks)
 

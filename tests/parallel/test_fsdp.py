@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from secorder import AttributionError, CurvatureProbe, InvalidArgumentError
+from secorder import AttributionError, CurvatureProbe, InvalidArgumentError, InvalidTypeError
 from secorder._torch.fsdp import local
 from secorder._torch.graph import tells_recomputation
 from secorder.layers.selection import ranks_of, select_layers
@@ -137,6 +137,13 @@ def test_parameters_that_stay_whole_for_a_while(mesh: Any, each: bool, again: bo
         probe.reset()
         step(model, batch)
         assert probe.num_samples == len(batch[0])
+
+
+def test_flattened_parameters_are_refused_by_name(mesh: Any) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with pytest.raises(InvalidTypeError, match="fully_shard"):
+        CurvatureProbe(FullyShardedDataParallel(make(), device_id=torch.device("cpu"), use_orig_params=True))
 
 
 def test_shards_and_sums(alone: nn.Sequential) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.fsdp import local
+from ..._torch.versions import version
 from ...layers.selection import Layer
 from ..record import slot
 
@@ -24,12 +25,17 @@ class Uncalled:
     """What the parameters of such layers were when they were last looked at, first before anything is recorded."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
-        self._left = {id(p): slot(p) for layer in layers for p in layer.parameters.values() if p.grad is not None}
+        self._left = {id(p): (slot(p), version(p)) for layer in layers for p in layer.parameters.values()}
         self._seen: dict[tuple[str, str], _Seen] = {}
 
     def trained(self, parameter: Tensor) -> bool:
         """Whether anything has come into ``.grad`` beside what was left there before."""
-        return slot(parameter) != self._left.get(id(parameter))
+        left, _ = self._left.get(id(parameter), (None, 0))
+        return slot(parameter) != left
+
+    def changed(self, parameter: Tensor) -> bool:
+        """The same, or it has been written to, as by steps of training whose gradients are gone."""
+        return (slot(parameter), version(parameter)) != self._left.get(id(parameter))
 
     def moved(self, layers: Sequence[Layer], called: Iterable[str]) -> list[tuple[int, Tensor]]:
         """Whether parameters have moved since they were looked at, by the number of the layer; nothing is read."""
