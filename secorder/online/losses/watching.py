@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 _COUPLED = (
     "the loss couples the samples of a batch: the gradient on each one's outputs changes with those of others (a "
     "contrastive loss, the hardest samples, a statistic of the batch, the root of a mean), so that no sample has a "
-    "gradient of its own: {}use a loss that is a mean or a sum over samples, or leave the layers out with layers=."
+    "gradient of its own: {}use a loss that is a mean or a sum over samples, pass sample_dim= where samples are in "
+    "another dimension of the model's arguments than the first, or leave the layers out with layers=."
 )
 
 _COUPLED_BESIDE = (

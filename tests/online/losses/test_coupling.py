@@ -19,6 +19,7 @@ from secorder.online.losses.seen import SeenLoss, see
 from secorder.online.reading import unreadable
 
 from ...helpers import Net, data, make
+from ...reference import assert_all_close
 from ..loops import follow
 
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
@@ -377,3 +378,25 @@ def test_few_samples_whose_gradients_add_up_to_zero_are_seen_to_be_coupled() -> 
     for _ in range(64):
         loss = looked_at(lambda f: F.cross_entropy(f, torch.tensor([0, 1])).square(), torch.randn(2, 2))
         assert couples(loss)
+
+
+def test_steps_that_were_taken_for_samples_are_told_what_to_pass() -> None:
+    targets, *lengths = torch.tensor([[1, 2], [2, 1], [1, 1]]), torch.tensor([7, 8, 7]), torch.tensor([1, 2, 2])
+    model, x = make(), torch.randn(8, 3, 4)
+
+    def loss(ids: Tensor) -> Tensor:
+        return F.ctc_loss(model(x[:, ids]).log_softmax(2), targets[ids], *(each[ids] for each in lengths))
+
+    expected: dict[str, Any] = {name: 0.0 for name, _ in model.named_parameters()}
+    for n in range(3):
+        own = torch.autograd.grad(loss(torch.tensor([n])), list(model.parameters()))
+        expected = {name: expected[name] + g.square() / 3 for name, g in zip(expected, own, strict=True)}
+    for dim in (None, 1):
+        with CurvatureProbe(model, sample_dim=dim, reduction="mean") as probe, warnings.catch_warnings():
+            warnings.simplefilter("ignore", CurvatureWarning)
+            loss(torch.arange(3)).backward()
+            if dim is None:
+                with pytest.raises(AttributionError, match="pass sample_dim= where samples are in another dimension"):
+                    probe.fisher_diagonal()
+            else:
+                assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
