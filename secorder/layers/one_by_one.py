@@ -35,18 +35,15 @@ class Vectors(NamedTuple):
 class OneByOne:
     """Several layers' factors of one batch, of one dtype on one device.
 
-    Of each layer ``vectors`` are those that it is audited with, if it is, and ``with_bias`` is one or zero.
     Without norms of the factors squares are formed, as :meth:`add_to` needs them.
     """
 
     def __init__(
         self,
         layers: Sequence[RankOne],
-        vectors: Sequence[Vectors | None],
-        with_bias: Tensor,
         norms: Sequence[FactorNorms] | None = None,
     ) -> None:
-        self._layers, self._vectors, self._with_bias = layers, vectors, with_bias
+        self._layers = layers
         self._goods: Tensor | None = None
         self._sums: Tensor | None = None
         if norms is None:
@@ -76,14 +73,15 @@ class OneByOne:
         self._goods = (both - both) == 0
         return self._goods
 
-    def explained(self) -> tuple[Tensor, Tensor]:
+    def explained(self, vectors: Sequence[Vectors | None], with_bias: Tensor) -> tuple[Tensor, Tensor]:
         """Of each layer that is looked at rᵀ (Σ_n g_n a_nᵀ) s, with a bias as for an input of one more.
 
-        And the square of what its rounding is relative to, the norms of both factors, of the rows that are looked at.
+        And the square of what its rounding is relative to, the norms of both factors, of the rows that are looked at. Of
+        each layer ``vectors`` are those that it is looked at with, if it is, and ``with_bias`` is one or zero.
         """
         lefts, rights, parts, here = [], [], {}, []
-        ones, squares = self._with_bias.unbind(), self._squares[1]
-        for i, (one, own) in enumerate(zip(self._layers, self._vectors, strict=True)):
+        ones, squares = with_bias.unbind(), self._squares[1]
+        for i, (one, own) in enumerate(zip(self._layers, vectors, strict=True)):
             if own is None:
                 continue
             here.append(i)
@@ -94,7 +92,6 @@ class OneByOne:
             lefts.append(torch.mv(g, r))
             rights.append(torch.addmv(ones[i], a, s))
         of_inputs, of_cotangents = self._sizes().view(2, -1).unbind()
-        with_bias = self._with_bias
         if len(here) < len(ones):  # an index made of a list would be waited for
             each = of_inputs.unbind()
             of_inputs, with_bias = torch.stack([each[i] for i in here]), torch.stack([ones[i] for i in here])

@@ -177,7 +177,7 @@ def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord) -> N
                 backward.fresh.append(parameter)
                 continue
             if not layer.sharded and record.moved(parameter) and will_accumulate(accumulate_node(parameter)):
-                backward.early.add(id(parameter))  # and not torch.autograd.grad
+                backward.early |= {id(parameter)}  # and not torch.autograd.grad
             saw = partial(_saw, backward, record, layer, parameter, accumulate_node(graph[name]))
             backward.on_gradient(graph[name], saw, gathered=layer.sharded)
 
@@ -234,7 +234,7 @@ def _leave(fisher: OnlineFisher, backward: Backward) -> None:
         if record not in reached:  # torch.autograd.grad, or a backward that stopped before the parameters
             record.backward = None
     close(fisher, backward, reached)
-    if fisher.returned is None:
+    if fisher.accumulation.scale != 1.0 and fisher.returned is None:
         fisher.accumulation.ended(fisher.layers, reached)
     backward.records.clear()  # which refer to it
 

@@ -139,14 +139,13 @@ class Attachment:
         backwards = {backward.thread for backward in list(self.fisher.backwards.values())} - {own}
         return threads_running(self.model) - self._waiting | backwards
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection) -> None:
-        """The model's forward starts."""
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection) -> bool:
+        """The model's forward starts; whether it is recorded, so that the section is its own."""
         thread = threading.get_ident()
         if (around := self.running.get(thread)) is not None:
             around.nested = True
         if in_backward():  # perhaps in a thread of the engine's, for which the look at the model waits
-            self._begin(args, kwargs, eager, within=True)
-            return
+            return self._begin(args, kwargs, eager, within=True)
         if not self._beginning.acquire(blocking=False):
             self._waiting.add(thread)
             try:
@@ -154,41 +153,41 @@ class Attachment:
             finally:
                 self._waiting.discard(thread)
         try:
-            self._begin(args, kwargs, eager, within=False)
+            return self._begin(args, kwargs, eager, within=False)
         finally:
             self._beginning.release()
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection, *, within: bool) -> None:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection, *, within: bool) -> bool:
         """The same, one thread at a time, or ``within`` a backward."""
         saw = self.fisher.troubles.saw
         if self.suspensions:
-            return
+            return False
         if self.pauses:
             saw("paused")
-            return
+            return False
         if inside_transform() or is_traced():
             saw("transformed" if inside_transform() else "traced")
-            return
+            return False
         if within and (self._computed_again() or self.fisher.backwards.here()):
-            return  # a checkpoint computes the whole model again; the layers' hooks are back by themselves
+            return False  # a checkpoint computes the whole model again; the layers' hooks are back by themselves
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             saw("no grad")
-            return
+            return False
         thread = threading.get_ident()
         stale = self.running.get(thread)
         if stale is not None:
             if is_running(self.model):
-                return  # a model that calls itself: its inner calls are a part of the outer one
+                return False  # a model that calls itself: its inner calls are a part of the outer one
             self._drop(thread)  # an interrupt kept the end of an earlier forward from being told
         if self.fisher.backwards and not within:  # those of this thread that have not ended were broken off
             let_go(self.fisher, self.fisher.backwards.here())
         count = self.counts[self.model.training]
         self.counts[self.model.training] = count + 1
         if count % self.every:
-            return
+            return False
         if computes_by_its_hooks(self.model) and not differentiable(self.model, (args, kwargs)):
             saw("no gradient")
-            return
+            return False
         if eager.within_compiled_code():
             if hooks_prevent_compiling(self.model):  # so there is no whole graph, nor a PyTorch that insists on one
                 self.fisher.troubles.warn(
@@ -198,11 +197,11 @@ class Attachment:
                 )
             elif eager.whole_graph_wanted():
                 saw("compiled")
-                return
+                return False
         eager.run_compiled_code_eagerly()  # also where the model is verified
         record = open_record(self, args, kwargs)
         if record is None:
-            return
+            return False
         try:
             self.register(record)
         except BaseException:
@@ -211,16 +210,12 @@ class Attachment:
         self.running[thread] = record
         record.eager = eager
         saw("forward")
+        return True
 
     def step_aside(self) -> None:
         """A forward that is not recorded has no hook to call in the end, and must not be computed otherwise for it."""
         if computes_by_its_hooks(self.model) and not is_running(self.model):
             self._aside = Aside(self.model)
-
-    def owns(self, eager: EagerSection) -> bool:
-        """Whether the forward that this thread runs is within this section."""
-        record = self.running.get(threading.get_ident())
-        return record is not None and record.eager is eager
 
     def end(self, args: Any, kwargs: Any, output: Any, sections: list[EagerSection]) -> None:
         """The model's forward ended, perhaps by an exception (then without an output).
@@ -319,10 +314,11 @@ class _Begin(OwnHook):
 
 def begin(attachment: Attachment, args: Any, kwargs: Any, eager: EagerSection) -> None:
     """Begin a forward; what is not recorded runs on as it is compiled."""
+    fisher, recorded = attachment.fisher, False
     try:
-        attachment.fisher.troubles.guarded(None, attachment.fisher.by_layer, attachment.begin, args, kwargs, eager)
+        recorded = fisher.troubles.guarded(None, fisher.by_layer, attachment.begin, args, kwargs, eager)
     finally:
-        if not attachment.owns(eager):
+        if not recorded:
             attachment.step_aside()
             eager.end()
 

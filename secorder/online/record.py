@@ -18,7 +18,7 @@ hook holds the record that it was made for. What several forwards share that one
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -71,24 +71,23 @@ class Backward:
         loss_scale: what the loss was multiplied by; None until it is needed.
     """
 
+    ended = partial = takes_norms = False
+    alone = True
+    early: frozenset[int] = frozenset()
+    audited: Set[str] = frozenset()
+    loss_scale: float | None = None
+
     def __init__(self, number: int, audit: Audit) -> None:
         self.number = number
         self.thread = threading.get_ident()
-        self.ended = False
-        self.alone = True
-        self.partial = False
         self.records: list[ForwardRecord] = []
         self.handles: list[RemovableHandle] = []
         self.fresh: list[Tensor] = []
-        self.early: set[int] = set()
         self.whole: dict[int, Tensor] = {}
-        self.takes_norms = False
         self.by_factors: set[str] = set()
         self.norms: dict[int, Tensor | None] = {}
         self.unread: list[Tensor] = []
         self.audit = audit
-        self.audited: set[str] = set()
-        self.loss_scale: float | None = None
 
     def on_gradient(self, leaf: Tensor, hook: Callable[[Tensor], None], *, gathered: bool = False) -> None:
         """Call a hook with the whole gradient of a leaf, before hooks on the leaf change it.
@@ -104,10 +103,11 @@ class Backward:
     def let_go(self) -> None:
         """It has ended, or was broken off: nothing of ours stays on the model."""
         self.ended = True
-        with HOOKING:
-            for handle in self.handles:
-                handle.remove()
-            self.handles.clear()
+        if self.handles:
+            with HOOKING:
+                for handle in self.handles:
+                    handle.remove()
+                self.handles.clear()
         for record in self.records:
             record.unhook()
 

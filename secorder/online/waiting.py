@@ -5,11 +5,13 @@ They wait until their factors take memory that counts, and at most until the bac
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..layers.one_by_one import OneByOne, Vectors
 from ..layers.rank_one import RankOne, overwritten
 from ..layers.side_by_side import Frame, SideBySide, columns_of
+from .audit.freivalds import Audit
 from .fisher import OnlineFisher
 from .formed import add_formed, may_be_later
 from .norms import keep_norms, takes_norms
@@ -73,29 +75,41 @@ def _add(fisher: OnlineFisher, record: ForwardRecord, layers: Sequence[RankOne],
             fisher.stacked.wait(layers, frame, record.num_samples, alpha, fisher.settle)
         return
     norms = [keep_norms(record, one) for one in layers] if takes_norms(record) else None
-    seen = () if vectors is None else layers
     goods: Tensor | None = None
     together: SideBySide | OneByOne
     if frame is not None:
         together = SideBySide(frame, columns_of([(one.inputs, one.cotangents) for one in layers])[None])
         goods = together.finite()[0]
+        if vectors is not None:
+            audit.explain_weights(layers, *together.explained(), low)
     else:
-        audited = [
-            own if own is not None and audit.covers(one.layer.parameters["weight"]) else None
-            for one, own in zip(layers, vectors or [None] * len(layers), strict=True)
-        ]
-        seen = [one for one, own in zip(layers, audited, strict=True) if own is not None]
-        with_bias = fisher.directions.constants.vector(flags, layers[0].cotangents)
-        together = OneByOne(layers, audited, with_bias, norms if fisher.accumulate == "trace" else None)
+        together = OneByOne(layers, norms if fisher.accumulate == "trace" else None)
         if fisher.accumulate == "diagonal" and fisher.on_nonfinite == "skip":  # norms tell by themselves
             goods = together.finite()
-    if seen:
-        audit.explain_weights(seen, *together.explained(), low)
-    for one, own in zip(layers, vectors, strict=True) if vectors is not None else ():
-        if own is None:
-            audit.explain(one.layer.name, one.layer.parameters, one.gradients, low)
+        if vectors is not None:
+            _explain(audit, together, layers, vectors, fisher.directions.constants.vector(flags, layers[0].inputs), low)
     if fisher.accumulate == "diagonal":
         fisher.add_together(record, [one.layer for one in layers], together.add_to, goods)
+
+
+def _explain(
+    audit: Audit,
+    together: OneByOne,
+    layers: Sequence[RankOne],
+    vectors: Sequence[Vectors | None],
+    with_bias: Tensor,
+    low: torch.dtype | None,
+) -> None:
+    """Tell an audit what layers bring that are added one by one, all in few calls but those without vectors."""
+    covered = [
+        own if own is not None and audit.covers(one.layer.parameters["weight"]) else None
+        for one, own in zip(layers, vectors, strict=True)
+    ]
+    if seen := [one for one, own in zip(layers, covered, strict=True) if own is not None]:
+        audit.explain_weights(seen, *together.explained(covered, with_bias), low)
+    for one, own in zip(layers, vectors, strict=True):
+        if own is None:
+            audit.explain(one.layer.name, one.layer.parameters, one.gradients, low)
 
 
 def _may_be_stacked(fisher: OnlineFisher, record: ForwardRecord, layers: Sequence[RankOne]) -> bool:

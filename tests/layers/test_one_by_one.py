@@ -37,11 +37,11 @@ def test_what_they_tell_is_what_is_written_out(squared: bool, bad: str | None) -
         every[1][1 + (bad == "cotangents")][2, 1] = 1e200 if bad == "too large" else torch.inf
     looks = [Vectors(torch.randn(2), torch.randn(4), 3, 5), Vectors(torch.randn(3), torch.randn(6), 0, 3), None]
     norms = None if squared else [one.norms() for one in every]
-    together, grads = OneByOne(every, looks, BIASED, norms), [written_out(one) for one in every]
+    together, grads = OneByOne(every, norms), [written_out(one) for one in every]
     good = [True, bad is None, True]
     found = together.finite()
     assert (found is None) if all(good) else (found is not None and found.tolist() == good)
-    values, sizes = together.explained()
+    values, sizes = together.explained(looks, BIASED)
     assert len(values) == len(sizes) == 2
     for i, (one, look) in enumerate(zip(every, looks, strict=True)):
         if not good[i]:

@@ -2,7 +2,8 @@
 
 Two things are seen: that the loss of a verification batch is divided by a whole number (of batches; of samples,
 where it is a sum), and that the gradients of a backward are still there, as it left them, when the next one adds its
-own. The first alone may be a mean of several terms, and the second a sum over batches.
+own. The first alone may be a mean of several terms, and the second a sum over batches; it is looked for once the first
+is seen.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -47,6 +47,8 @@ def loss_scale_of(given: LossScale) -> Callable[[], float]:
 
 def usable_scale(function: Callable[[], float]) -> float:
     """What a function gives as the loss scale of now, if something can be divided by it."""
+    if type(function) is _Constant:  # looked at when it was given
+        return function()
     try:
         told = function()
     except Exception as error:
