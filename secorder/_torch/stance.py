@@ -39,7 +39,7 @@ class _Stance:
         """How the function that is called runs."""
         section = checkpoint_section()
         if self.inside and section is not None and section not in self.sections:
-            finalize(section, self.leave_if_last).atexit = False
+            finalize(section, self.leave, 0).atexit = False
             self.sections.add(section)
         known = section is not None and section in self.sections
         return "force_eager" if self.inside or known else str(self.before.stance)
@@ -55,14 +55,10 @@ class _Stance:
                     self.before = self.displaced
             self.inside += 1
 
-    def leave(self) -> None:
-        with self.lock:
-            self.inside -= 1
-            self.leave_if_last()
-
-    def leave_if_last(self) -> None:
+    def leave(self, leaving: int = 1) -> None:
         """As it was before, unless someone is inside, or a checkpoint may compute again what was."""
         with self.lock:
+            self.inside -= leaving
             if self.inside or self.compiler._stance is not self:
                 return
             displaced = self.displaced

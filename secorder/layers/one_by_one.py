@@ -76,8 +76,8 @@ class OneByOne:
     def explained(self, vectors: Sequence[Vectors | None], with_bias: Tensor) -> tuple[Tensor, Tensor]:
         """Of each layer that is looked at rᵀ (Σ_n g_n a_nᵀ) s, with a bias as for an input of one more.
 
-        And the square of what its rounding is relative to, the norms of both factors, of the rows that are looked at. Of
-        each layer ``vectors`` are those that it is looked at with, if it is, and ``with_bias`` is one or zero.
+        And the square of what its rounding is relative to, the norms of both factors, of the rows that are looked at.
+        Of each layer ``vectors`` are those that it is looked at with, if it is, and ``with_bias`` is one or zero.
         """
         lefts, rights, parts, here = [], [], {}, []
         ones, squares = with_bias.unbind(), self._squares[1]

@@ -207,9 +207,9 @@ def leave(attachment: "Attachment", backward: Backward) -> None:
         if told and (backward.fresh or backward.unread):
             fisher.troubles.guarded(None, fisher.by_layer, quietly, _read_gradients, backward)
     finally:
-        fisher.backwards.let_go([backward])
+        fisher.backwards.end(backward)
     if told:
-        fisher.troubles.guarded(None, fisher.by_layer, quietly, _leave, fisher, backward)
+        fisher.troubles.guarded(None, fisher.by_layer, quietly, close, fisher, backward)
 
 
 def let_go(fisher: OnlineFisher, backwards: Sequence[Backward]) -> None:
@@ -217,7 +217,7 @@ def let_go(fisher: OnlineFisher, backwards: Sequence[Backward]) -> None:
     for backward in backwards:
         for record in backward.records:
             quietly(add_waiting, fisher, record)
-    fisher.backwards.let_go(backwards)
+        fisher.backwards.end(backward)
 
 
 def _read_gradients(backward: Backward) -> None:
@@ -226,18 +226,3 @@ def _read_gradients(backward: Backward) -> None:
         backward.audit.see_all({id(p): p.grad for p in backward.fresh if p.grad is not None})  # of no process group
         backward.fresh.clear()
     read_squares(backward)
-
-
-def _leave(fisher: OnlineFisher, backward: Backward) -> None:
-    reached = [record for record in backward.records if _reached(record, backward)]
-    for record in backward.records:
-        if record not in reached:  # torch.autograd.grad, or a backward that stopped before the parameters
-            record.backward = None
-    close(fisher, backward, reached)
-    if fisher.accumulation.scale != 1.0 and fisher.returned is None:
-        fisher.accumulation.ended(fisher.layers, reached)
-    backward.records.clear()  # which refer to it
-
-
-def _reached(record: ForwardRecord, backward: Backward) -> bool:
-    return not backward.audit.empty or bool(backward.whole) or any(own.reached for own in record.layers.values())

@@ -108,8 +108,14 @@ def _reached(record: ForwardRecord, layer: Layer) -> bool:
     return any(will_accumulate(accumulate_node(p)) for p in own) if own else layer.name in record.called
 
 
-def close(fisher: OnlineFisher, backward: Backward, records: Sequence[ForwardRecord]) -> None:
+def close(fisher: OnlineFisher, backward: Backward) -> None:
     """A backward has ended: add what its records still hold, and audit it."""
+    records = []
+    for record in backward.records:
+        if not backward.audit.empty or backward.whole or any(own.reached for own in record.layers.values()):
+            records.append(record)
+        else:  # torch.autograd.grad, or a backward that stopped before the parameters
+            record.backward = None
     if records and backward.number in fisher.others:
         fisher.troubles.mark(
             [own for record in records for name in record.called for own in record.attribution.owners(name)],
@@ -123,17 +129,22 @@ def close(fisher: OnlineFisher, backward: Backward, records: Sequence[ForwardRec
     if fisher.penalty is not None and len(records) == 1:
         keep_early(backward, records[0], fisher.layers)
     fisher.at_once = len(records)
-    groups = [list(records)] if fisher.forwards == "joined" and records else [[record] for record in records]
+    groups = [records] if fisher.forwards == "joined" and records else [[record] for record in records]
     for group in groups:
         _add_group(fisher, backward, group)
     if fisher.penalty is not None:
         _add_penalty(fisher, backward, records)
-        return
-    _audit(fisher, backward)
-    if fisher.ranks is not None and groups:
-        share_troubles(fisher, fisher.ranks)
-    if fisher.troubles.strict and (failed := failed_audits(fisher)):  # on all ranks, as they share it
-        fisher.troubles.mark(failed, fisher.troubles.outside(failed[0]))
+    else:
+        _audit(fisher, backward)
+        if fisher.ranks is not None and groups:
+            share_troubles(fisher, fisher.ranks)
+        if fisher.troubles.strict and (failed := failed_audits(fisher)):  # on all ranks, as they share it
+            fisher.troubles.mark(failed, fisher.troubles.outside(failed[0]))
+    if fisher.accumulation.scale == 1.0:
+        fisher.accumulation.left = None
+    elif fisher.returned is None:
+        fisher.accumulation.ended(fisher.layers, records)
+    backward.records.clear()  # which refer to it
 
 
 def _add_group(fisher: OnlineFisher, backward: Backward, group: Sequence[ForwardRecord]) -> None:

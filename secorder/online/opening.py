@@ -99,18 +99,18 @@ def _opened(
         fisher.troubles.saw("empty")
         return None
     args, kwargs = arguments
-    verified, scheduled = looked
-    record = ForwardRecord(known, count, shapes, verified=verified, scheduled=scheduled)
+    record = ForwardRecord(known, count, shapes, verified=looked[0], scheduled=looked[1])
     if not known.certain:  # what is run again, if any
         record.start = Start(fisher.model, args, kwargs, known.changing, held=known.reruns(fisher.model))
-    record.together = count
     if any(looked):
         tell_of_new(fisher)
-    record.carried = carried(fisher.model) if known.carries else ()
+    if known.carries:
+        record.carried = carried(fisher.model)
     weights = weights_of(fisher.reduction, args, kwargs, count) if callable(fisher.reduction) else None
-    record.mean = weights is None and fisher.reduction != "sum"
-    if weights is not None:
-        weights = weights.double()
+    if fisher.reduction == "sum":
+        record.mean = False
+    elif weights is not None:
+        record.mean, weights = False, weights.double()
         weights = torch.where(finite(weights), weights, torch.nan)  # of an infinite one, too, the batch does not count
         record.counted = (weights != 0).sum()
         record.weights = torch.where(weights != 0, 1 / weights, 0.0)

@@ -135,11 +135,10 @@ class Backwards(dict[int, Backward]):
             if other is not backward:
                 other.alone = backward.alone = False
 
-    def let_go(self, backwards: Iterable[Backward]) -> None:
-        """These have ended, or were broken off."""
-        for backward in list(backwards):
-            backward.let_go()
-            self.pop(backward.number, None)  # not before: what begins now is alone
+    def end(self, backward: Backward) -> None:
+        """This one has ended, or was broken off."""
+        backward.let_go()
+        self.pop(backward.number, None)  # not before: what begins now is alone
 
 
 def slot(parameter: Tensor) -> Slot:

@@ -335,7 +335,7 @@ def test_a_backward_that_ends_is_seen_until_its_hooks_are_gone() -> None:
             seen.append(len(leaf._backward_hooks))
 
     ends.handles.insert(0, Removed())
-    running.let_go([ends])
+    running.end(ends)
     assert seen == [1]
     assert not begins.alone
     assert not leaf._backward_hooks

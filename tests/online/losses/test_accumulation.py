@@ -97,3 +97,14 @@ def test_fractions_are_written_as_people_do() -> None:
     assert [fraction(x) for x in (0.25, 1 / 3, 65536.0, 0.3)] == ["1/4", "1/3", "6.554e+04", "0.3"]
     scales = (0.25, 1 / 3, 0.3, 0.6, 1.0, 4.0, -0.25, 0.0, float("inf"), float("nan"))
     assert [one_over(x) for x in scales] == [4, 3, *[1] * 8]
+
+
+def test_what_is_left_is_remembered_as_long_as_the_loss_is_divided() -> None:
+    """A parameter's next gradient may lie where an earlier one lay, and look like it."""
+    model, probe = accumulate(DIVIDED["divided"], cleared=True)
+    assert probe._fisher.accumulation.left is not None
+    for _ in range(8):  # some are looked at
+        model.zero_grad()
+        F.cross_entropy(model(torch.randn(6, 4)), torch.randint(3, (6,))).backward()
+    assert probe._fisher.accumulation.left is None
+    assert probe.fisher_diagonal()
