@@ -236,12 +236,10 @@ class Attachment:
             sections.append(record.eager)
             record.eager = None
         self._drop(thread)
-        found = record.attribution
-        roots = [x for x in (*found.by_rule, *found.by_module) if x.enclosing is self.model]
         if output is None or self.pauses:
             record.closed, record.unreturned = True, output is None
             return
-        for root in roots[:1]:
+        if (root := record.root) is not None:
             if root.rule is None and record.start is not None:
                 record.layers[root.name].starts += (record.start,)
             hook: _LayerHook = _LayerCalled(self, record, root) if root.rule else _ModuleCalled(self, record, root)
@@ -283,9 +281,16 @@ class Attachment:
     def register(self, record: ForwardRecord) -> None:
         """Put the hooks of a record on the layers; those of the model itself are called by the hooks that it has."""
         found, model = record.attribution, self.model
-        hooks: list[_LayerHook] = [_LayerCalled(self, record, x) for x in found.by_rule if x.enclosing is not model]
+        hooks: list[_LayerHook] = []
+        for layer in found.by_rule:
+            if layer.enclosing is model:
+                record.root = record.root or layer
+            else:
+                hooks.append(_LayerCalled(self, record, layer))
         for layer in found.by_module:
-            if layer.enclosing is not model:
+            if layer.enclosing is model:
+                record.root = record.root or layer
+            else:
                 starts = _ModuleStarts(self, record, layer)
                 record.handles.append(layer.enclosing.register_forward_pre_hook(starts, prepend=True, with_kwargs=True))
                 hooks.append(_ModuleCalled(self, record, layer))

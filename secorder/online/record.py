@@ -154,6 +154,7 @@ class ForwardRecord:
     carried: Sequence[Tensor] = ()  #: what modules carry from the forward before, while this one runs
     #: layers whose own calls do not tell their samples in this batch: the whole model runs again for them
     fallback: Sequence[Layer] = ()
+    root: Layer | None = None  #: the layer that is measured by calls of the whole model, or the first that is
     elements_waiting: int = 0  #: of the factors of layers that wait
     elements_formed: int = 0  #: of squares that do
     autocast_dtype: torch.dtype | None = None  #: of the latest call, or that of FSDP2's policy of mixed precision
