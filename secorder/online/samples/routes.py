@@ -157,6 +157,9 @@ class _Routes(TorchFunctionMode):
         if func in _PUT and (func is not Tensor.__setitem__ or _tensors(args[1])):
             if source is not None:
                 return source
+            keys = _tensors(args[1]) if func is Tensor.__setitem__ else []
+            if keys and keys[0] not in self.states and _each_row(given[0], keys):
+                return next((self.states.get(value, ()) for value in _tensors(args[2])), ())
             rows = self.states.get(given[-1])
             if _place(func, args, kwargs) > 0 and self.dim == 0:
                 return rows or ()
@@ -187,15 +190,20 @@ class _Routes(TorchFunctionMode):
         index, place = indices[0], _place(func, args, kwargs)
         if place > 0 and self.dim == 0:
             return source
-        rows = given[0].shape[0] if given[0].dim() else 0
-        if func is _GET and len(indices) > 1 and index.shape == (rows,) and index.tolist() == list(range(rows)):
-            return source  # one entry of each row
+        if func is _GET and _each_row(given[0], indices):
+            return source
         if index.dim() != 1 or index.dtype is torch.bool or func in _named("gather", "take_along_dim", "take"):
             return (*source, None)
         before = source[-1] if source else None
         if before is not None and len(before) == len(index) and _is_regular(before[index]):
             return source[:-1]
         return (*source, index.detach().clone())
+
+
+def _each_row(tensor: Tensor, indices: Sequence[Tensor]) -> bool:
+    """Whether these select one entry of each row of a tensor."""
+    rows = tensor.shape[0] if tensor.dim() else 0
+    return len(indices) > 1 and indices[0].shape == (rows,) and indices[0].tolist() == list(range(rows))
 
 
 def _is_regular(rows: Tensor) -> bool:

@@ -92,6 +92,27 @@ def back_elsewhere(m: Any, x: Tensor) -> Tensor:
     return m.head(m.expert(x[order // 2])[order])
 
 
+def masked_by_lengths(m: Any, x: Tensor) -> Tensor:
+    """One place of each row is marked, up to which it counts."""
+    mask = torch.zeros(len(x), 4, dtype=x.dtype)
+    mask[torch.arange(len(x)), x.argmax(1)] = 1
+    rows = m.expert(x[:, :, None].expand(-1, -1, 4)) * mask.flip(1).cumsum(1).flip(1)[:, :, None]
+    return m.head(rows)
+
+
+def one_place_of_each_row_elsewhere(m: Any, x: Tensor) -> Tensor:
+    """The same, of rows in an order that depends on data."""
+    mask = torch.zeros(len(x), 4, dtype=x.dtype)
+    mask[x.argsort(0)[:, 0], x.argmax(1)] = x[:, 0]
+    return m.head(m.expert(mask))
+
+
+def of_routed_rows_one_place_each(m: Any, x: Tensor) -> Tensor:
+    mask = torch.zeros(len(x), 4, dtype=x.dtype)
+    mask[torch.arange(len(x)), x.argmax(1)] = x[x.argsort(0)[:, 0], 1]
+    return m.head(m.expert(mask))
+
+
 def within_routed_rows(m: Any, x: Tensor) -> Tensor:
     order = m.gate(x).argmax(1).nonzero()[:, 0]
     rows = x[order]
@@ -126,6 +147,9 @@ def across_samples(m: Any, x: Tensor) -> Tensor:
         (written_within_samples, set()),
         (written_across_samples, {"head"}),
         (across_samples, {"expert", "head"}),
+        (masked_by_lengths, set()),
+        (one_place_of_each_row_elsewhere, {"expert", "head"}),
+        (of_routed_rows_one_place_each, {"expert", "head"}),
     ],
 )
 def test_layers_of_rows_that_no_shape_tells_of(forward: Callable[..., Tensor], routed: set[str]) -> None:
