@@ -38,8 +38,8 @@ MEASURES: dict[FindingKind, str] = {
     "dominant": "share of the whole trace",
     "saddle": "share of negative entries in the Hessian",
     "disagreement": "ratio of the Hessian's trace to the Fisher's",
-    "growing": "growth of the trace within the last points",
-    "noisy": "gradient noise scale in batches",
+    "growing": "the trace over its least of the last ten points",
+    "noisy": "gradient noise scale over the batch size",
     "edge": "learning rate times top eigenvalue",
 }
 

@@ -48,7 +48,7 @@ class CurvatureRecorder:
       ``model/loss``, ``model/learning_rate``, ``model/fisher_trace``, ``model/gradient_noise_scale``;
     - ``norms_every``: ``gradient_norm`` and ``weight_norm`` of the layers' parameters, and ``update_to_weight``, the
       norm of the last update relative to theirs, for which the weights are copied from one step to the next;
-    - ``histograms_every``: ``fisher_histogram_log10``, of ``log10`` of the entries;
+    - ``histograms_every``: ``fisher_histogram_log10``, of ``log10`` of the entries (none where traces are accumulated);
     - ``hessian_every``: ``hessian_trace``, ``hessian_mean``, ``hessian_max``, ``hessian_negative`` (a share);
     - ``traces_every``: ``hessian_trace`` alone, for less, and where it is estimated ``hessian_trace_standard_error``;
     - ``eigenvalues_every``: ``hessian_top_eigenvalue`` of each layer's block, and ``learning_rate_times_eigenvalue``,

@@ -156,8 +156,9 @@ def _columns(
         )
     ):
         raise InvalidArgumentError(
-            f"fisher_type={asked.fisher_type!r} needs a loss that is computed by loss_fn from the model's output: here "
-            "it comes from inside the model, or the network is inside of the loss; leave a penalty of the weights out."
+            f"fisher_type={asked.fisher_type!r}, as of='ggn', needs a loss that loss_fn computes from the model's "
+            "output: here it comes from inside the model (compute it from the logits), or the network is inside of the "
+            "loss (leave a penalty of the weights out)."
         )
     if found is None:
         return
