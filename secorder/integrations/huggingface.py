@@ -215,15 +215,18 @@ def _reported_to(args: TrainingArguments) -> list[Any]:
     return sinks
 
 
-def _divides(model: nn.Module) -> bool:
-    """Whether the model's loss is divided by the number of labels that the trainer passes, by how it is written."""
+def _inside(model: nn.Module) -> Any:
+    """The model that computes the loss, within what compiles or adapts it."""
     inside: Any = getattr(model, "_orig_mod", model)
-    inside = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
+    return inside.get_base_model() if hasattr(inside, "get_base_model") else inside
+
+
+def _written(model: nn.Module) -> str:
+    """How its forward is written, if that can be read."""
     try:
-        text = inspect.getsource(inspect.unwrap(type(inside).forward))
+        return inspect.getsource(inspect.unwrap(type(model).forward))
     except (OSError, TypeError):
-        return True
-    return "loss_function" in text or "num_items_in_batch" in text
+        return ""
 
 
 class _ByLabels:
@@ -234,8 +237,12 @@ class _ByLabels:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        causal = any(kind in type(model).__name__ for kind in ("CausalLM", "LMHead"))
-        items = "num_items_in_batch" if _divides(model) else ""
+        inside = _inside(model)
+        text, names = _written(inside), type(inside).__name__
+        if "loss_function" in text:  # the library's own, by the kind of model: a causal one's of captions, too
+            names += getattr(inside.loss_function, "__name__", "")
+        causal = "CausalLM" in names or "LMHead" in names
+        items = "num_items_in_batch" if not text or "loss_function" in text or "num_items_in_batch" in text else ""
         self._weights = token_weights(shift=int(causal), items=items)
         self._warned = False
 

@@ -273,13 +273,31 @@ def test_what_is_not_in_a_checkpoint_is_told(tmp_path: Path) -> None:
         made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
-def test_low_rank_adapters(tmp_path: Path) -> None:
+def test_what_is_causal_goes_by_the_loss_and_not_by_the_name() -> None:
+    """Models of pictures and words are called as those that translate are, whose labels are not shifted."""
+    transformers = pytest.importorskip("transformers")
+    from secorder.integrations.huggingface import _ByLabels
+
+    class CaptionsForConditionalGeneration(transformers.LlamaForCausalLM):
+        pass
+
+    model = CaptionsForConditionalGeneration(transformers.LlamaConfig(vocab_size=50, **MODELS["llama"][2])).eval()
+    labels = torch.tensor([[5, 6, 7, 8], [9, -100, -100, 4]])
+    weights = _ByLabels(model)(input_ids=labels.clamp(min=0), labels=labels)
+    assert weights is not None
+    whole, parts = (model(input_ids=rows.clamp(min=0), labels=rows).loss for rows in (labels, labels[:1]))
+    other = model(input_ids=labels[1:].clamp(min=0), labels=labels[1:]).loss
+    torch.testing.assert_close(whole.double(), weights[0] * parts + weights[1] * other)
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_low_rank_adapters(tmp_path: Path, task: str | None) -> None:
     """Adapters are told, the frozen matrices beside them are not."""
     peft = pytest.importorskip("peft")
     from secorder.integrations.huggingface import CurvatureCallback
 
     model, rows = tiny()
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["c_fc"], fan_in_fan_out=True, task_type=task)
     adapted = peft.get_peft_model(model, config)
     callback = CurvatureCallback(layers="*lora_*.default", log_every=1, on_finding=print)
     run(tmp_path, adapted, rows, callback, learning_rate=0.0, max_grad_norm=0.0)
