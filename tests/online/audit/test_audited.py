@@ -35,13 +35,13 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """The layers that each backward's audit looks at, of passes that are drawn once each layer was looked at."""
     monkeypatch.setattr(audited, "EACH", FIRST)
     found: list[set[str]] = []
-    intact = passes._leave
+    intact = passes.close
 
-    def leave(fisher: object, backward: Backward) -> None:
+    def close(fisher: object, backward: Backward) -> None:
         found.append(set(backward.audited))
         intact(fisher, backward)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(passes, "_leave", leave)
+    monkeypatch.setattr(passes, "close", close)
     return found
 
 
