@@ -120,8 +120,9 @@ def _diagnose(options: argparse.Namespace) -> None:
 
 def _made(path: str) -> tuple[nn.Module, Callable[[Any, Any], Tensor], Any]:
     module_name, _, name = path.partition(":")
-    if not name:
-        raise InvalidArgumentError(f"the factory must be given as package.module:function, got {path!r}.")
+    if not name or module_name.endswith(".py"):
+        hint = ": modules are named without .py" * module_name.endswith(".py")
+        raise InvalidArgumentError(f"the factory must be given as package.module:function, got {path!r}{hint}.")
     sys.path.insert(0, os.getcwd())
     try:
         factory = attrgetter(name)(importlib.import_module(module_name))

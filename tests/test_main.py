@@ -210,6 +210,10 @@ def test_command_line_options(factory: str, capsys: pytest.CaptureFixture[str]) 
     ("arguments", "message"),
     [
         (["made_for_test"], "package.module:function"),
+        (
+            ["made_for_test.py:factory"],
+            "as package.module:function, got 'made_for_test.py:factory': modules are named without .py.",
+        ),
         (["made_for_test:missing"], "has no function 'missing'"),
         (["no_such_module:factory"], "No module named 'no_such_module'"),
         (["made_for_test:wrong"], "must return (model, loss_fn, data), got int"),
