@@ -107,7 +107,8 @@ class CurvatureProbe:
             layers are trained, unless ``layers`` names them.
         reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, ``"sum"``, a
             loss module (its ``reduction``), or a function of the model's arguments that returns the weights c_n of
-            L = Σ_n c_n ℓ_n, one a sample (token means with padding, class weights; see :func:`secorder.token_weights`).
+            L = Σ_n c_n ℓ_n, one a sample (token means with padding, class weights; see :func:`secorder.token_weights`),
+            or None for a batch whose loss is a mean.
             Only the online Fisher needs it; by default a mean is assumed, and the first read warns about it.
         every: record each ``every``-th forward only; the others cost nothing.
         decay: None for the mean over all samples; a number in (0, 1) for an exponential moving average over batches,
