@@ -34,7 +34,6 @@ from .._torch.differentiability import differentiable_zero
 from .._torch.graph import collection_paused
 from .._torch.modules import modules_in, own_parameters
 from .._torch.pytree import tensors_in
-from .._torch.sample_graph import InnerSizes
 from .._torch.vjp import gradients
 from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from ..layers.dtypes import zeros
@@ -43,7 +42,7 @@ from ..layers.structure import chain_of
 from ..monitor.progress import progress_bar
 from ..results import Diagonals, LayerInfo, Strategy
 from .fisher_by_loop import by_loop
-from .fisher_by_samples import by_samples
+from .fisher_by_samples import without_rules
 from .fisher_by_uses import by_uses
 from .fisher_by_weight import ByWeight, heaviest_columns
 from .fisher_pairs import Asked, FisherType, Found, second_order_columns
@@ -54,7 +53,6 @@ from .loss import require_dependence
 from .losses_by_output import SampleLosses, losses_by_definition, losses_by_output
 from .measurement import Measurement
 from .output_hessian import as_samples, filled
-from .provenance import Traced
 from .recorded_layer import RecordedLayer, contract_pairs, settle
 from .recording import ChainForward, Recording, recorded, seen
 from .roots import Columns, First, Root, Single
@@ -145,12 +143,12 @@ def in_batches(task: Measurement, asked: Asked, part: Trial | ByWeight | None = 
         return {}
     followed = _followed(task) if asked.one_pair else []  # of one pair, a trial is the whole
     with collection_paused() if asked.one_pair else nullcontext():  # over one forward, which makes many small objects
-        found = _in_batches(task, followed, asked, part)
+        found = _Batch(task, asked, part, followed).fisher()
         if found is None:
             return {}
         missed = [x for x in followed if x.rule is not None and x.name not in found]
         if missed:
-            found |= _in_batches(replace(task, layers=missed), [], asked, part) or {}
+            found |= _Batch(replace(task, layers=missed), asked, part, []).fisher() or {}
     return found
 
 
@@ -161,53 +159,121 @@ def _followed(task: Measurement) -> list[Layer]:
     return [x for x in task.layers if x.rule is None or type(x.module) in ONE_OPERATION]
 
 
-def _in_batches(
-    task: Measurement, followed: Sequence[Layer], asked: Asked, part: Trial | ByWeight | None
-) -> Found | None:
-    """:func:`in_batches`, with some layers followed by operations; None where the losses of samples are not told."""
-    tapped = [x for x in task.ruled if x not in followed]
-    bare = _called_alone(task)
-    tap = nullcontext(Recording()) if bare else recorded(task.isolated, tapped, own_parameters=task.create_graph)
-    with tap as recording, seen([x for x in followed if x.rule is not None]) as watched:
-        traced = task.traced(inputs=not task.create_graph)
+class _Batch:
+    """The Fisher by one forward of the whole batch; layers ``followed`` are followed through its graph."""
+
+    output: Any
+    loss: Tensor
+    side: SampleLosses
+    layers: list[RecordedLayer]  #: those that are not followed, as they were recorded
+    by_graph: bool  #: whether the graph may be followed, which passes by its hooks
+    pairs: Columns  #: the cotangents of every sample's loss on its output
+    columns: Columns  #: those of them that are run
+
+    def __init__(
+        self, task: Measurement, asked: Asked, part: Trial | ByWeight | None, followed: Sequence[Layer]
+    ) -> None:
+        self.task, self.asked, self.part, self.followed = task, asked, part, followed
+        self.tapped = [x for x in task.ruled if x not in followed]
+        self.bare = _called_alone(task)
+        self.traced = task.traced(inputs=not task.create_graph)
+
+    def fisher(self) -> Found | None:
+        """Of the layers that are served; None where the losses of samples are not told."""
+        task = self.task
+        tap = recorded(task.isolated, self.tapped, own_parameters=task.create_graph)
+        with (
+            nullcontext(Recording()) if self.bare else tap as recording,
+            seen([x for x in self.followed if x.rule is not None]) as watched,
+        ):
+            self._forward(recording)
+            recording.close()
+            if not self.loss.requires_grad:
+                require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
+                return {layer.name: (zeros(layer), LayerInfo(Strategy.UNUSED)) for layer in task.layers}
+            self.layers = _usable(recording, self.tapped, with_graph=task.create_graph)
+            self.by_graph = self.bare or not self.traced.hooked
+            if not self._take_losses(loss_runs_again=bool(recording.without_graph or watched.without_graph)):
+                return None
+            found = self._by_uses() | self._by_rules()
+            recording.require_seen(self.loss)
+            watched.require_seen(self.loss)
+        if not (task.certain or self.traced.independent or self._shown_independent()):
+            require_independent_samples(task, self.output)
+        return found | self._rest(found)
+
+    def _forward(self, recording: Recording) -> None:
+        task = self.task
+        if not self.bare:
+            self.output, self.loss = task.loss(forward=self.traced)
+            return
         onednn = task.isolated.pure and not task.autocast
-        forward = ChainForward(recording, chain_of(task.model), tapped, onednn=onednn) if bare else None
-        output, loss = task.loss(forward=traced if forward is None else partial(task.isolated.run, forward))
-        recording.close()
-        if not loss.requires_grad:
-            require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
-            return {layer.name: (zeros(layer), LayerInfo(Strategy.UNUSED)) for layer in task.layers}
-        layers = _usable(recording, tapped, with_graph=task.create_graph)
-        second_order = asked.second_order
-        by_graph, side = bare or not traced.hooked, None  # what is followed through the graph passes by its hooks
-        if by_graph:
-            leaves = [leaf for z in layers for leaf in z.leaves]
-            side = losses_by_definition(task, output, loss, leaves, second_order=second_order)
+        forward = ChainForward(recording, chain_of(task.model), self.tapped, onednn=onednn)
+        self.output, self.loss = task.loss(forward=partial(task.isolated.run, forward))
+
+    def _take_losses(self, *, loss_runs_again: bool) -> bool:
+        """Find the losses of samples, and the pairs; whether they are told."""
+        task, linear = self.task, self.asked.second_order
+        side = None
+        if self.by_graph:
+            leaves = [leaf for z in self.layers for leaf in z.leaves]
+            side = losses_by_definition(task, self.output, self.loss, leaves, second_order=linear)
         if side is None:
-            if not recording.without_graph and not watched.without_graph:
-                loss = loss.detach()  # whose graph is as large as the output
-            side = losses_by_output(task, output, loss, layers, second_order=second_order)
+            if not loss_runs_again:
+                self.loss = self.loss.detach()  # whose graph is as large as the output
+            side = losses_by_output(task, self.output, self.loss, self.layers, second_order=linear)
         if side is None:
-            return None
-        pairs = _pairs(task, side, asked)
+            return False
+        self.side, self.pairs = side, _pairs(task, side, self.asked)
         side.gradients = []  # whose graph may be many times as large as the outputs
-        some = pairs if part is None else part.some(pairs)
-        found: Found = {}
-        inner_sizes = None
-        if followed and by_graph:
-            inner_sizes = traced.inner_sizes(side.model_outputs)
-            found = by_uses(task, followed, pairs, side.model_outputs, inner_sizes, linear=second_order)
-        if layers:
-            found |= _by_rules(task, side, pairs, some, layers, linear=second_order, by_graph=by_graph, bare=bare)
-        recording.require_seen(loss)
-        watched.require_seen(loss)
-    rest = [x for x in task.layers if x.name not in found and (x.rule is None or x not in followed)]
-    if not (task.certain or traced.independent) and not _follows(task, traced, output, side, inner_sizes):
-        require_independent_samples(task, output)
-    if isinstance(part, ByWeight) and isinstance(pairs, Root):
-        served = [z for z in layers if z.layer.name in found and "last" not in found[z.layer.name][1].checks]
-        return found | heaviest_columns(task, side.model_outputs, pairs, served, rest, part, by_graph=by_graph)
-    return found | _without_rules(task, rest, some, by_graph=by_graph and not followed, linear=second_order)
+        self.columns = self.pairs if self.part is None else self.part.some(self.pairs)
+        return True
+
+    def _by_uses(self) -> Found:
+        """The layers that are followed."""
+        if not self.followed or not self.by_graph:
+            return {}
+        outputs = self.side.model_outputs
+        inner_sizes = self.traced.inner_sizes(outputs)
+        return by_uses(self.task, self.followed, self.pairs, outputs, inner_sizes, linear=self.asked.second_order)
+
+    def _by_rules(self) -> Found:
+        """Layers whose rows belong to samples and whose parameters act there alone, through their outputs z."""
+        if not self.layers:
+            return {}
+        task, outputs, columns, linear = self.task, self.side.model_outputs, self.columns, self.asked.second_order
+        alone = self.layers if self.bare else _used_alone(task, outputs, self.layers)
+        heads = _heads(task, outputs, alone, self.pairs)
+        alone = [z for z in alone if z.layer.name not in heads]
+        with progress_bar(task.progress and bool(alone), "Fisher", columns.num_columns, unit="vjps") as advance:
+            pulled = settle(task, outputs, alone, columns, by_graph=self.by_graph, linear=linear)
+            how: Any = {"alpha": 1 / task.num_samples, "advance": advance, "plain": self.side.at_leaves or pulled}
+            found = contract_pairs(task, outputs, alone, columns, **how)
+        info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})
+        last = replace(info, checks={**info.checks, "last": True})
+        told: Found = {name: (values, last) for name, values in heads.items()}
+        return told | {
+            z.layer.name: (values, info) for z, values in zip(alone, found, strict=True) if values is not None
+        }
+
+    def _shown_independent(self) -> bool:
+        """Whether the graph, and what enters it without a gradient, show each output to depend on its sample alone."""
+        task = self.task
+        if task.num_samples < 3 or not all(t.requires_grad for t in tensors_in(self.output)):
+            return False
+        others = exchange(task.inputs, task.num_samples, task.sample_dim)
+        inner_sizes = self.traced.inner_sizes(self.side.model_outputs)
+        return others is not None and self.traced.follows(task.inputs, inner_sizes, *others)
+
+    def _rest(self, found: Found) -> Found:
+        """What is run after the layers that were found: layers without a rule, and all columns by their weight."""
+        task, linear = self.task, self.asked.second_order
+        rest = [x for x in task.layers if x.name not in found and (x.rule is None or x not in self.followed)]
+        if isinstance(self.part, ByWeight) and isinstance(self.pairs, Root):
+            served = [z for z in self.layers if z.layer.name in found and "last" not in found[z.layer.name][1].checks]
+            outputs = self.side.model_outputs
+            return heaviest_columns(task, outputs, self.pairs, served, rest, self.part, by_graph=self.by_graph)
+        return without_rules(task, rest, self.columns, by_graph=self.by_graph and not self.followed, linear=linear)
 
 
 def _usable(recording: Recording, layers: Sequence[Layer], *, with_graph: bool) -> list[RecordedLayer]:
@@ -220,78 +286,12 @@ def _usable(recording: Recording, layers: Sequence[Layer], *, with_graph: bool) 
     ]
 
 
-def _follows(
-    task: Measurement, traced: Traced, output: Any, side: SampleLosses, inner_sizes: InnerSizes | None
-) -> bool:
-    """Whether the graph, and what enters it without a gradient, show each output to depend on its sample alone."""
-    if task.num_samples < 3 or not all(t.requires_grad for t in tensors_in(output)):
-        return False
-    others = exchange(task.inputs, task.num_samples, task.sample_dim)
-    inner_sizes = traced.inner_sizes(side.model_outputs) if inner_sizes is None else inner_sizes
-    return others is not None and traced.follows(task.inputs, inner_sizes, *others)
-
-
-def require_independent_samples(task: Measurement, output: Any) -> None:
-    """Raise :class:`CouplingError` unless no sample of the batch influences another one's output."""
-    if not task.certain and not outputs_independent(
-        task.isolated,
-        task.inputs,
-        task.num_samples,
-        task.sample_dim,
-        task.isolated.forward_in_full_precision,
-        None if task.autocast else output,
-    ):
-        raise CouplingError(
-            "the samples of the batch influence one another's outputs (batch normalisation in train mode? samples "
-            "not in dim 0, or an argument that they share, see sample_dim=?), so that per-sample gradients are not "
-            "defined: call model.eval() or leave the layers before it out; hessian_diagonal stays exact."
-        )
-
-
 def _pairs(task: Measurement, side: SampleLosses, asked: Asked) -> Columns:
     """The cotangents of every sample's loss on its output."""
     if not asked.second_order:
         found = [as_samples(g) for g in filled(side.gradients, side.points)]
         return Single(found[0] if len(found) == 1 else torch.cat(found, 1))
     return second_order_columns(task, side.gradients, side.points, asked, side.root)
-
-
-def _by_rules(
-    task: Measurement,
-    side: SampleLosses,
-    pairs: Columns,
-    columns: Columns,
-    layers: Sequence[RecordedLayer],
-    *,
-    linear: bool,
-    by_graph: bool,
-    bare: bool,
-) -> Found:
-    """Through the layers' outputs z, for layers whose rows belong to samples and whose parameters act there alone.
-
-    Of the pairs, ``columns`` are those that are run.
-    """
-    model_outputs = side.model_outputs
-    alone = list(layers) if bare else _used_alone(task, model_outputs, layers)
-    heads = _heads(task, model_outputs, alone, pairs)
-    alone = [z for z in alone if z.layer.name not in heads]
-    with progress_bar(task.progress and bool(alone), "Fisher", columns.num_columns, unit="vjps") as advance:
-        pulled = settle(task, model_outputs, alone, columns, by_graph=by_graph, linear=linear)
-        how: Any = {"alpha": 1 / task.num_samples, "advance": advance, "plain": side.at_leaves or pulled}
-        found = contract_pairs(task, model_outputs, alone, columns, **how)
-    info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})
-    last = replace(info, checks={**info.checks, "last": True})
-    told: Found = {name: (values, last) for name, values in heads.items()}
-    return told | {z.layer.name: (values, info) for z, values in zip(alone, found, strict=True) if values is not None}
-
-
-def _without_rules(
-    task: Measurement, layers: Sequence[Layer], columns: Columns, *, by_graph: bool, linear: bool
-) -> Found:
-    """By the uses of their parameters, where the graph is followed and tells them; else sample by sample."""
-    found = by_uses(task, layers, columns, linear=linear) if layers and by_graph else {}
-    rest = [x for x in layers if x.name not in found]
-    return found | (by_samples(task, rest, columns, linear=linear) if rest else {})
 
 
 def _called_alone(task: Measurement) -> bool:
@@ -330,3 +330,20 @@ def _heads(
         for z in layers
         if z.layer.name in which
     }
+
+
+def require_independent_samples(task: Measurement, output: Any) -> None:
+    """Raise :class:`CouplingError` unless no sample of the batch influences another one's output."""
+    if not task.certain and not outputs_independent(
+        task.isolated,
+        task.inputs,
+        task.num_samples,
+        task.sample_dim,
+        task.isolated.forward_in_full_precision,
+        None if task.autocast else output,
+    ):
+        raise CouplingError(
+            "the samples of the batch influence one another's outputs (batch normalisation in train mode? samples "
+            "not in dim 0, or an argument that they share, see sample_dim=?), so that per-sample gradients are not "
+            "defined: call model.eval() or leave the layers before it out; hessian_diagonal stays exact."
+        )

@@ -11,10 +11,18 @@ from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import Strategy
 from .cotangents import pull_back, require_linear_backward
+from .fisher_by_uses import by_uses
 from .fisher_pairs import Found, collect
 from .measurement import Measurement
 from .output_hessian import output_points
 from .roots import Columns
+
+
+def without_rules(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, by_graph: bool, linear: bool) -> Found:
+    """By the uses of their parameters, where the graph is followed and tells them; else sample by sample."""
+    found = by_uses(task, layers, pairs, linear=linear) if layers and by_graph else {}
+    rest = [x for x in layers if x.name not in found]
+    return found | (by_samples(task, rest, pairs, linear=linear) if rest else {})
 
 
 def by_samples(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, linear: bool) -> Found:

@@ -10,8 +10,7 @@ from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import LayerInfo, Strategy
 from .cotangents import require_linear_backward
-from .fisher_by_samples import by_samples
-from .fisher_by_uses import by_uses
+from .fisher_by_samples import without_rules
 from .fisher_pairs import Found
 from .heaviest import Forecast, by_weight, forecast
 from .hessian.budget import Budget
@@ -64,10 +63,7 @@ def heaviest_columns(
     def contract(columns: Columns) -> list[list[Tensor]]:
         found = contract_pairs(task, model_outputs, served, columns, alpha=1 / task.num_samples)
         values = {z.layer.name: parts or [] for z, parts in zip(served, found, strict=True)}
-        others = by_uses(task, rest, columns, linear=False) if rest and by_graph else {}
-        left = [layer for layer in rest if layer.name not in others]
-        others |= by_samples(task, left, columns, linear=False) if left else {}
-        for name, (parts, info) in others.items():
+        for name, (parts, info) in without_rules(task, rest, columns, by_graph=by_graph, linear=False).items():
             values[name], strategies[name] = parts, info.strategy
         return [reduced(weighted.reduce, values[x.name]) for x in layers]
 

@@ -200,9 +200,10 @@ class Traced:
 
     def inner_sizes(self, outputs: Sequence[Tensor]) -> InnerSizes:
         """What the graph of the model's outputs, samples in dim 0, tells of them; it is not read twice."""
-        if self._inner_sizes is not None and self._inner_sizes[0] == [f.grad_fn for f in outputs]:
-            return self._inner_sizes[1]
-        return samples_in_nodes(outputs, self._count)
+        nodes = [f.grad_fn for f in outputs]
+        if self._inner_sizes is None or self._inner_sizes[0] != nodes:
+            self._inner_sizes = nodes, samples_in_nodes(outputs, self._count)
+        return self._inner_sizes[1]
 
     def _run(self, calls: Calls, forward: Callable[[nn.Module, Any], Any], inputs: Any) -> Any:
         def run(copied: Any) -> Any:
