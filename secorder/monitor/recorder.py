@@ -253,25 +253,16 @@ class CurvatureRecorder:
             point.add({WHOLE_MODEL: {"loss": mean_loss(total, count, together=self._together)}})
         if self._optimizer is not None:
             point.add({WHOLE_MODEL: {"learning_rate": max(float(g["lr"]) for g in self._optimizer.param_groups)}})
-        if self._probe.decay is not None and self._window["synchronize"]:
-            self._probe.synchronize()
-        source: Any = self._probe.window(**self._window) if self._probe.decay is None else self._probe
-        steps, self._steps_of_window = self._steps_of_window, 0
-        self._unseen = 0 if source.num_batches or source.num_samples else self._unseen + steps
-        before, self._samples = self._samples, self._probe.num_samples
-        if self._probe.decay is None:  # a moving average goes on without what is left out
-            point.left_out = [shown(name) for name in source.num_skipped]
-        if not source.num_samples:
-            self._tell_unseen(elsewhere=self._samples > before)
+        source = self._samples_seen(point)
+        if source is None:
             return None
-        point.batch_size = source.num_samples * self._probe.every / steps if self._probe.decay is None else None
+        fisher: Diagonals | None = None
         if self._probe.accumulate == "trace":
             traces = {shown(name): trace.value for name, trace in source.fisher_trace(missing="skip").items()}
             point.fisher = {  # of entries only this is known: all are zero, or one is not finite
                 name: {"zero": float(value == 0), "nonfinite": float(not math.isfinite(value))}
                 for name, value in traces.items()
             }
-            fisher: Diagonals | None = None
             numbers = {"fisher_trace": traces}
         else:
             fisher = source.fisher_diagonal(missing="skip")
@@ -282,11 +273,24 @@ class CurvatureRecorder:
         self._see_noise(source, point)
         return fisher
 
-    def _tell_unseen(self, *, elsewhere: bool) -> None:
-        """Warn once where the probe had its chances and nothing is here; it may be ``elsewhere``."""
+    def _samples_seen(self, point: Observation) -> Any:
+        """What the probe recorded since the last point, or its moving average; None, and a warning, of no samples."""
+        steps, self._steps_of_window = self._steps_of_window, 0
+        source: Any = self._probe
+        if self._probe.decay is None:
+            source = self._probe.window(**self._window)
+            point.left_out = [shown(name) for name in source.num_skipped]  # a moving average goes on without it
+            point.batch_size = source.num_samples * self._probe.every / steps
+        elif self._window["synchronize"]:
+            self._probe.synchronize()
+        self._unseen = 0 if source.num_batches or source.num_samples else self._unseen + steps
+        before, self._samples = self._samples, self._probe.num_samples
+        if source.num_samples:
+            return source
         if self._unseen >= self._probe.every and "unseen" not in self._failed:
             self._failed.add("unseen")
-            caution(TAKEN if elsewhere else UNSEEN.format(self._unseen))
+            caution(TAKEN if self._samples > before else UNSEEN.format(self._unseen))
+        return None
 
     def _see_noise(self, source: Any, point: Observation) -> None:
         """The gradient noise scale, where a batch of the window tells it: not every one does."""
