@@ -145,23 +145,19 @@ def _columns(
     task: Measurement, output: Any, loss: Tensor, index: int, replacements: list[Tensor], asked: Asked
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """The pairs of gradients on the parameters that one sample contributes to a Fisher of second order."""
+    if not loss.requires_grad:
+        return
     _, targets, _ = task.part([index])
-    found = loss_of_output(task.loss_fn, output, targets, None, loss) if loss.requires_grad else None
-    model_outputs = [t for t in tensors_in(output) if t.requires_grad]
-    if loss.requires_grad and (
-        found is None
-        or any(g is not None for g in gradients(found[0], replacements))
-        or any(
-            f.dim() == 0 and g is not None for f, g in zip(model_outputs, gradients(found[0], found[1]), strict=True)
-        )
+    found = loss_of_output(task.loss_fn, output, targets, None, loss)
+    outputs = [t for t in tensors_in(output) if t.requires_grad]
+    if found is None or task.enters_model(
+        found[0], [point for f, point in zip(outputs, found[1], strict=True) if f.dim() == 0]
     ):
         raise InvalidArgumentError(
             f"fisher_type={asked.fisher_type!r}, as of='ggn', needs a loss that loss_fn computes from the model's "
             "output: here it comes from inside the model (compute it from the logits), or the network is inside of the "
             "loss (leave a penalty of the weights out)."
         )
-    if found is None:
-        return
     again, points, _ = found
     pairs = second_order_columns(task, gradients(again, points, create_graph=True), points, asked)
     exposed = output_points(output, None)
