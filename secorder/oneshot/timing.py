@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -101,27 +101,31 @@ def bytes_at_once(trial: Callable[[int], object], most: int, count: int) -> int:
 
 
 def of_nearest(
-    kinds: Sequence[Hashable], tell: Callable[[int], Value], most: float = MOST_SECONDS, *, in_order: bool = False
-) -> list[tuple[Value, int]]:
+    kinds: Mapping[str, Hashable], tell: Callable[[str], Value], most: float = MOST_SECONDS, *, in_order: bool = False
+) -> dict[str, tuple[Value, str]]:
     """What is told of each of many, and of which it was told: of the nearest of its kind that there were seconds for.
 
     Args:
-        kinds: of each; one of every kind is asked first, spread over all, or the first one.
-        tell: of one, by its place.
+        kinds: of each, by name; one of every kind is asked first, spread over all, or the first one.
+        tell: of one, by its name.
         most: seconds after which no other one is begun, beside the first, with which much may happen that one time.
         in_order: ask the first ones first, and no other one where the first takes that long.
     """
-    values: dict[int, Value] = {}
+    values: dict[str, Value] = {}
     start = time.perf_counter() if in_order else math.inf
-    order = sorted(range(len(kinds)), key=lambda place: f"{place:032b}"[:: 1 if in_order else -1])  # every 16th, 8th, …
-    first = {kinds[place]: place for place in reversed(order)}
-    for place in sorted(order, key=lambda place: first[kinds[place]] != place):
+    places = {name: place for place, name in enumerate(kinds)}
+    order = sorted(places, key=lambda name: f"{places[name]:032b}"[:: 1 if in_order else -1])  # every 16th, 8th, …
+    first = {kinds[name]: name for name in reversed(order)}
+    for name in sorted(order, key=lambda name: first[kinds[name]] != name):
         if time.perf_counter() - start > most:
             break
-        values[place] = tell(place)
+        values[name] = tell(name)
         start = min(start, time.perf_counter())
-    nearest = [min(values, key=lambda other: (kinds[other] != kind, abs(other - k))) for k, kind in enumerate(kinds)]
-    return [(values[place], place) for place in nearest]
+    nearest = {
+        name: min(values, key=lambda other: (kinds[other] != kind, abs(places[other] - places[name])))
+        for name, kind in kinds.items()
+    }
+    return {name: (values[other], other) for name, other in nearest.items()}
 
 
 def seconds_of(work: Callable[[], object]) -> float:

@@ -70,22 +70,25 @@ def test_memory_of_many_products_is_told_by_that_of_some(
 
 @pytest.mark.parametrize(
     ("most", "told"),
-    [(100.0, list(range(9))), (3.0, [0, 0, 2, 4, 4, 4, 6, 8, 8]), (0.0, [0, 0, 0, 0, 0, 8, 8, 8, 8])],
+    [(100.0, "012345678"), (3.0, "002444688"), (0.0, "000008888")],
 )
 def test_of_many_alike_those_that_are_tried_tell_of_the_others(
-    monkeypatch: pytest.MonkeyPatch, most: float, told: list[int]
+    monkeypatch: pytest.MonkeyPatch, most: float, told: str
 ) -> None:
     """Each takes a second, but the first one, which takes a hundred."""
     now, made = [0.0], []
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
-    def tell(place: int) -> int:
+    def tell(name: str) -> str:
         now[0] += 1.0 if made else 100.0
-        made.append(place)
-        return place
+        made.append(name)
+        return name
 
-    assert of_nearest([0] * 9, tell, most) == [(place, place) for place in told]
-    assert of_nearest([], tell, most) == []
+    names = "012345678"
+    assert of_nearest(dict.fromkeys(names), tell, most) == {
+        x: (told, told) for x, told in zip(names, told, strict=True)
+    }
+    assert of_nearest({}, tell, most) == {}
     assert len(made) == len(set(told))
 
 
@@ -93,12 +96,13 @@ def test_of_each_kind_one_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> Non
     now, made = [0.0], []
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
-    def tell(place: int) -> str:
+    def tell(name: str) -> str:
         now[0] += 1.0
-        made.append(place)
-        return "abacada"[place]
+        made.append(name)
+        return kinds[name]
 
-    assert "".join(told for told, _ in of_nearest("abacada", tell, 2.5)) == "abacada"
+    kinds = dict(zip("1234567", "abacada", strict=True))
+    assert {name: told for name, (told, _) in of_nearest(kinds, tell, 2.5).items()} == kinds
     assert len(made) == 4
 
 
@@ -106,14 +110,15 @@ def test_those_in_order_are_told_by_the_first_of_their_kind(monkeypatch: pytest.
     now, made = [0.0], []
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
-    def tell(place: int) -> int:
+    def tell(name: str) -> str:
         now[0] += 1.0
-        made.append(place)
-        return place
+        made.append(name)
+        return name
 
-    for most, told in ((0.5, [0, 0, 0, 0]), (1.5, [0, 0, 2, 2]), (2.5, [0, 1, 2, 2])):
-        assert [place for _, place in of_nearest("aabb", tell, most, in_order=True)] == told
-    assert made == [0, 0, 2, 0, 2, 1]
+    kinds = dict(zip("0123", "aabb", strict=True))
+    for most, told in ((0.5, "0000"), (1.5, "0022"), (2.5, "0122")):
+        assert "".join(other for _, other in of_nearest(kinds, tell, most, in_order=True).values()) == told
+    assert "".join(made) == "002021"
 
 
 def test_seconds_of_work() -> None:

@@ -1,7 +1,7 @@
 """Timing a few products of each layer, where it matters which strategy is taken."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -141,35 +141,35 @@ def _learn(found: Findings, fact: str, trials: Mapping[str, _Trial], *, metered:
 
     Half of the time is for all alike, and half for those that take many products, which all depends on.
     """
-    names = list(trials)
-    kinds = [(found.facts[name].outputs, found.facts[name].numel) for name in names]
-    counts = [min(x for x in kind if x) for kind in kinds]
-    shares = {name: 0.5 / len(names) + 0.5 * k / sum(counts) for name, k in zip(names, counts, strict=True)}
-    unknown = [name for name in names if not getattr(found.facts[name], fact)]
+    kinds = {name: (found.facts[name].outputs, found.facts[name].numel) for name in trials}
+    counts = {name: min(x for x in kind if x) for name, kind in kinds.items()}
+    allowed = {
+        name: TRIAL_SECONDS * (0.5 / len(counts) + 0.5 * count / sum(counts.values())) for name, count in counts.items()
+    }
+    unknown = {name: kind for name, kind in kinds.items() if not getattr(found.facts[name], fact)}
 
-    def seconds(place: int) -> float:
-        return seconds_per_product(*trials[unknown[place]], TRIAL_SECONDS * shares[unknown[place]])
+    def seconds(name: str) -> float:
+        return seconds_per_product(*trials[name], allowed[name])
 
-    def num_bytes(place: int) -> int:
-        name = largest[place]
-        return bytes_of_products(*trials[name], getattr(found.facts[name], fact), TRIAL_SECONDS * shares[name])
+    def num_bytes(name: str) -> int:
+        return bytes_of_products(*trials[name], getattr(found.facts[name], fact), allowed[name])
 
-    if unknown:
-        trials[unknown[0]][0](1)  # what happens the first time alone
-    of_each = of_nearest([kinds[names.index(name)] for name in unknown], seconds)
-    for name, (told, place) in zip(unknown, of_each, strict=True):  # as much longer as more comes after it
-        found.learn(name, **{fact: told * found.facts[name].passed / max(1, found.facts[unknown[place]].passed)})
+    for name in list(unknown)[:1]:
+        trials[name][0](1)  # what happens the first time alone
+    for name, (told, other) in of_nearest(unknown, seconds).items():  # as much longer as more comes after it
+        found.learn(name, **{fact: told * found.facts[name].passed / max(1, found.facts[other].passed)})
     if metered:
-        largest = _largest_first(found, {name: most for name, (_, most) in trials.items()})
-        kinds = [kinds[names.index(name)] for name in largest]
-        of_each_kind = of_nearest(kinds, num_bytes, METERED_SECONDS, in_order=True)
-        for name, (metered_bytes, _) in zip(largest, of_each_kind, strict=True):
-            found.learn(name, num_bytes=metered_bytes)
+        _learn_bytes(found, {name: most for name, (_, most) in trials.items()}, kinds, num_bytes)
 
 
-def _largest_first(found: Findings, at_once: Mapping[str, int]) -> list[str]:
-    """Layers by how much so many products at once pass through, which memory goes by."""
-    return sorted(at_once, key=lambda name: -at_once[name] * found.facts[name].passed)
+def _learn_bytes(
+    found: Findings, at_once: Mapping[str, int], kinds: Mapping[str, Hashable], num_bytes: Callable[[str], int]
+) -> None:
+    """Enter into the facts how much memory products take, first of layers where most is passed through ``at_once``."""
+    names = sorted(at_once, key=lambda name: -at_once[name] * found.facts[name].passed)
+    of_each = of_nearest({name: kinds[name] for name in names}, num_bytes, METERED_SECONDS, in_order=True)
+    for name, (metered, _) in of_each.items():
+        found.learn(name, num_bytes=metered)
 
 
 def _draw_some(
@@ -206,26 +206,21 @@ def _draw_some(
     few = [x for x in alone if budgets[x].max_draws < budget.num_draws]  # so few that there is nothing to decide
     many = [x for x in alone if x not in few]
     expected |= {x: budgets[x].max_draws * found.facts[x].seconds_by_draw for x in few}
-    kinds = [chosen[x].strategy for x in many]  # beside which it is what comes after a layer that counts
+    kinds = {x: chosen[x].strategy for x in many}  # beside which it is what comes after a layer that counts
     if many:
         works[many[0]](replace(budget, num_draws=LEAST_DRAWS, rtol=None), limit)  # what happens the first time alone
-    of_each = of_nearest(kinds, lambda place: _seconds_of_draws(works[many[place]], budgets[many[place]], limit, part))
-    for name, ((by_draw, seconds), place) in zip(many, of_each, strict=True):
-        mine, other = (found.facts[x].seconds_by_draw for x in (name, many[place]))
+    of_each = of_nearest(kinds, lambda name: _seconds_of_draws(works[name], budgets[name], limit, part))
+    for name, ((by_draw, seconds), like) in of_each.items():
+        mine, other = (found.facts[x].seconds_by_draw for x in (name, like))
         scale = mine / other if mine and other else 1.0
         told[name] = scale * by_draw, min(scale * seconds, limit)
         decided = chosen[name].strategy == Strategy.OUTPUT_DRAWS and _decided_by_draws(found, name, budgets[name])
         expected[name] = told[name][1] + (2 * deflation.PILOT_DRAWS * told[name][0] if decided else 0.0)
 
-    largest = _largest_first(found, {name: sizes[name] for name in many})
-
-    def num_bytes(place: int) -> int:
-        name = largest[place]
+    def num_bytes(name: str) -> int:
         return _bytes_of_draws(works[name], budgets[name], sizes[name], part / max(told[name][0], 1e-9))
 
-    kinds = [chosen[x].strategy for x in largest]
-    for name, (metered, _) in zip(largest, of_nearest(kinds, num_bytes, METERED_SECONDS, in_order=True), strict=True):
-        found.learn(name, num_bytes=metered)
+    _learn_bytes(found, {name: sizes[name] for name in many}, kinds, num_bytes)
     for name, seconds in _seconds_of_columns_beside(task, found, budget, alone, reduce, limit).items():
         expected[name] += seconds
     return expected

@@ -220,8 +220,9 @@ def test_draws_of_layers_that_are_not_tried_take_as_much_longer_as_their_product
 ) -> None:
     model, x, y, tried = mlp(), *data(), []
 
-    def one_alone(kinds: Any, tell: Any, most: float = 0.0, **_: bool) -> list[tuple[Any, int]]:
-        return [(tell(0), 0) for _ in kinds] if kinds else []
+    def one_alone(kinds: Any, tell: Any, most: float = 0.0, **_: bool) -> dict[str, tuple[Any, str]]:
+        first = next(iter(kinds), "")
+        return {name: (tell(first), first) for name in kinds}
 
     def products(trial: Any, most: int, allowance: float) -> float:
         tried.append(trial)
@@ -251,7 +252,7 @@ def test_draws_of_layers_that_are_not_tried_take_as_much_longer_as_their_product
 def test_products_of_layers_that_are_not_tried_take_as_much_longer_as_more_comes_after_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trials, "of_nearest", lambda kinds, tell, most=0.0: [(tell(1), 1) for _ in kinds])
+    monkeypatch.setattr(trials, "of_nearest", lambda kinds, tell, most=0.0: {name: (tell("2"), "2") for name in kinds})
     monkeypatch.setattr(trials, "seconds_per_product", lambda *_: 3.0)
     model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))
 
