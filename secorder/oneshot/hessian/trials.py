@@ -115,7 +115,7 @@ def learn_seconds(
         on_own = {x: _on_parameters(task, own[x], gradients[x], found.facts[x]) for x in used}
         _learn(found, "seconds_on_parameters", on_own, metered=draws is not None)
     verify_samples(task, found, budget)
-    return _draw_some(task, found, budget, recording, gradients, draws) if draws else {}
+    return _DrawTrials(task, found, budget, recording, draws).seconds(gradients) if draws else {}
 
 
 def _ways(facts: Facts, budget: Budget, draws: Reduce | None) -> list[ExactModule]:
@@ -172,79 +172,115 @@ def _learn_bytes(
         found.learn(name, num_bytes=metered)
 
 
-def _draw_some(
-    task: Measurement,
-    found: Findings,
-    budget: Budget,
-    recording: Recording,
-    gradients: dict[str, list[Tensor | None]],
-    reduce: Reduce,
-) -> dict[str, float]:
-    """Draw as many times as tells how long it takes; returns the seconds that all of a layer's draws are to take."""
-    chosen = found.chosen(budget)
-    drawn = [layer for layer in task.layers if chosen[layer.name].strategy == Strategy.PARAMETER_DRAWS]
-    with recording.paused():
-        gradients |= {x.name: own for x, own in on_parameters(task, [x for x in drawn if x.name not in gradients])}
-    together = [found.graphs[name] for name in found.going_by(budget, Strategy.COLUMN_DRAWS)]
-    limit = seconds_of_draws(budget, chosen)
-    expected: dict[str, float] = {}
-    layers = {layer.name: layer for layer in task.layers}
-    alone = found.going_by(budget, Strategy.OUTPUT_DRAWS, Strategy.PARAMETER_DRAWS)
-    if together and found.output_side is not None:
-        work: _Draws = partial(_drawn_columns, task, found.output_side, together, reduce)
-        _, seconds = _seconds_of_draws(work, budget, len(together) * limit, TRIAL_SECONDS)
-        expected |= {graph.layer.name: seconds / len(together) for graph in together}
+class _DrawTrials:
+    """A few draws of the layers that are to be drawn: how long all will take, and how much memory.
 
-    part = max(SHORT_SECONDS, TRIAL_SECONDS / max(1, len(alone)))
-    works: dict[str, _Draws] = {}
-    sizes: dict[str, int] = {}
-    for name in alone:
-        own = None if chosen[name].strategy == Strategy.OUTPUT_DRAWS else gradients[name]
-        works[name], sizes[name] = _drawn_alone(task, found, recording, layers[name], own, reduce)
-    budgets = {name: budget.within(limit, found.facts[name].seconds_by_draw) for name in alone}
-    told: dict[str, tuple[float, float]] = {}  # of one, and of all
-    few = [x for x in alone if budgets[x].max_draws < budget.num_draws]  # so few that there is nothing to decide
-    many = [x for x in alone if x not in few]
-    expected |= {x: budgets[x].max_draws * found.facts[x].seconds_by_draw for x in few}
-    kinds = {x: chosen[x].strategy for x in many}  # beside which it is what comes after a layer that counts
-    if many:
-        works[many[0]](replace(budget, num_draws=LEAST_DRAWS, rtol=None), limit)  # what happens the first time alone
-    of_each = of_nearest(kinds, lambda name: _seconds_of_draws(works[name], budgets[name], limit, part))
-    for name, ((by_draw, seconds), like) in of_each.items():
-        mine, other = (found.facts[x].seconds_by_draw for x in (name, like))
-        scale = mine / other if mine and other else 1.0
-        told[name] = scale * by_draw, min(scale * seconds, limit)
-        decided = chosen[name].strategy == Strategy.OUTPUT_DRAWS and _decided_by_draws(found, name, budgets[name])
-        expected[name] = told[name][1] + (2 * deflation.PILOT_DRAWS * told[name][0] if decided else 0.0)
+    Args:
+        recording: of the layers' calls, which goes on.
+        reduce: what draws are of, of what is made of diagonals.
+    """
 
-    def num_bytes(name: str) -> int:
-        return _bytes_of_draws(works[name], budgets[name], sizes[name], part / max(told[name][0], 1e-9))
+    def __init__(
+        self, task: Measurement, found: Findings, budget: Budget, recording: Recording, reduce: Reduce
+    ) -> None:
+        self.task, self.found, self.budget, self.recording, self.reduce = task, found, budget, recording, reduce
+        self.chosen = found.chosen(budget)
+        self.limit = seconds_of_draws(budget, self.chosen)
 
-    _learn_bytes(found, {name: sizes[name] for name in many}, kinds, num_bytes)
-    for name, seconds in _seconds_of_columns_beside(task, found, budget, alone, reduce, limit).items():
-        expected[name] += seconds
-    return expected
+    def seconds(self, gradients: Mapping[str, list[Tensor | None]]) -> dict[str, float]:
+        """By layer, the seconds that its draws are to take; of some, ``gradients`` on the parameters are known."""
+        together = self.found.going_by(self.budget, Strategy.COLUMN_DRAWS)
+        expected = self._of_columns(together, self.budget)
+        alone = self.found.going_by(self.budget, Strategy.OUTPUT_DRAWS, Strategy.PARAMETER_DRAWS)
+        expected |= self._of_layers(alone, gradients)
+        for name, seconds in self._of_columns_beside(alone).items():
+            expected[name] += seconds
+        return expected
 
+    def _of_columns(self, names: Sequence[str], budget: Budget) -> dict[str, float]:
+        """Of layers of which columns are drawn, all at once."""
+        side, graphs = self.found.output_side, [self.found.graphs[name] for name in names]
+        if side is None or not graphs:
+            return {}
+        work: _Draws = partial(_drawn_columns, self.task, side, graphs, self.reduce)
+        _, seconds = _seconds_of_draws(work, budget, len(names) * self.limit, TRIAL_SECONDS)
+        return {name: seconds / len(names) for name in names}
 
-def _seconds_of_columns_beside(
-    task: Measurement, found: Findings, budget: Budget, drawn: Sequence[str], reduce: Reduce, limit: float
-) -> dict[str, float]:
-    """What the Gauss-Newton part of drawn layers takes, by columns, or by columns and draws where they are many."""
-    names = [x for x in gauss_newton_alone(found, budget) if x in drawn and _columns_affordable(found, x, budget)]
-    side, seconds = found.output_side, dict[str, float]()
-    if side is None:
-        return seconds
-    few = [found.graphs[x] for x in names if found.facts[x].num_columns <= budget.num_draws]
-    many = [found.graphs[x] for x in names if found.facts[x].num_columns > budget.num_draws]
-    if few:
-        trial, most = _of_columns(task, side, few)
-        by_column = seconds_per_product(trial, most, TRIAL_SECONDS) if most else 0.0
-        seconds |= {g.layer.name: found.facts[g.layer.name].num_columns * by_column / len(few) for g in few}
-    if many:
-        work = partial(_drawn_columns, task, side, many, reduce)
-        _, whole = _seconds_of_draws(work, budget.closer(0.5), len(many) * limit, TRIAL_SECONDS)
-        seconds |= {g.layer.name: whole / len(many) for g in many}
-    return seconds
+    def _of_layers(self, names: Sequence[str], gradients: Mapping[str, list[Tensor | None]]) -> dict[str, float]:
+        """Of layers that are drawn each by itself, on their outputs or on their parameters."""
+        facts, chosen, budget, limit = self.found.facts, self.chosen, self.budget, self.limit
+        works, sizes = self._works(names, gradients)
+        budgets = {name: budget.within(limit, facts[name].seconds_by_draw) for name in names}
+        few = [x for x in names if budgets[x].max_draws < budget.num_draws]  # so few that there is nothing to decide
+        many = [x for x in names if x not in few]
+        expected = {x: budgets[x].max_draws * facts[x].seconds_by_draw for x in few}
+        part = max(SHORT_SECONDS, TRIAL_SECONDS / max(1, len(names)))
+        kinds = {x: chosen[x].strategy for x in many}  # beside which it is what comes after a layer that counts
+        if many:
+            works[many[0]](
+                replace(budget, num_draws=LEAST_DRAWS, rtol=None), limit
+            )  # what happens the first time alone
+        of_each = of_nearest(kinds, lambda name: _seconds_of_draws(works[name], budgets[name], limit, part))
+        of_one: dict[str, float] = {}
+        for name, ((by_draw, seconds), like) in of_each.items():
+            mine, other = facts[name].seconds_by_draw, facts[like].seconds_by_draw
+            scale = mine / other if mine and other else 1.0
+            of_one[name] = scale * by_draw
+            expected[name] = min(scale * seconds, limit)
+            if chosen[name].strategy == Strategy.OUTPUT_DRAWS and _decided_by_draws(self.found, name, budgets[name]):
+                expected[name] += 2 * deflation.PILOT_DRAWS * of_one[name]
+
+        def num_bytes(name: str) -> int:
+            return _bytes_of_draws(works[name], budgets[name], sizes[name], part / max(of_one[name], 1e-9))
+
+        _learn_bytes(self.found, {name: sizes[name] for name in many}, kinds, num_bytes)
+        return expected
+
+    def _works(
+        self, names: Sequence[str], gradients: Mapping[str, list[Tensor | None]]
+    ) -> tuple[dict[str, "_Draws"], dict[str, int]]:
+        """Draws of each layer, and how many are made at a time."""
+        layers = {layer.name: layer for layer in self.task.layers if layer.name in names}
+        on_own = [x for x in layers.values() if self.chosen[x.name].strategy == Strategy.PARAMETER_DRAWS]
+        with self.recording.paused():
+            more = on_parameters(self.task, [x for x in on_own if x.name not in gradients])
+            gradients = {**gradients, **{x.name: own for x, own in more}}
+        works: dict[str, _Draws] = {}
+        sizes: dict[str, int] = {}
+        for name in names:
+            facts, layer = self.found.facts[name], layers[name]
+            if layer in on_own:
+                elements = facts.parameter_elements
+                works[name] = partial(self._on_parameters, layer, gradients[name], elements)
+            else:
+                elements = facts.output_elements + facts.numel
+                works[name] = partial(self._on_outputs, name, elements)
+            sizes[name] = products_at_once(elements, next(iter(layer.parameters.values())), self.task.chunk_size)
+        return works, sizes
+
+    def _on_outputs(self, name: str, elements: int, budget: Budget, seconds: float) -> list[Estimate]:
+        graph = self.found.graphs[name]
+        return [output_draws.run(self.task, graph, budget, elements, _nothing, self.reduce, None, seconds)[1]]
+
+    def _on_parameters(
+        self, layer: Layer, own: Sequence[Tensor | None], elements: int, budget: Budget, seconds: float
+    ) -> list[Estimate]:
+        with self.recording.paused():
+            return [parameter_draws.run(self.task, layer, own, budget, elements, _nothing, self.reduce, seconds)]
+
+    def _of_columns_beside(self, drawn: Sequence[str]) -> dict[str, float]:
+        """What the Gauss-Newton part of drawn layers takes, by columns, or by columns and draws where they are many."""
+        found, budget, side = self.found, self.budget, self.found.output_side
+        names = [x for x in gauss_newton_alone(found, budget) if x in drawn and _columns_affordable(found, x, budget)]
+        if side is None:
+            return {}
+        few = [x for x in names if found.facts[x].num_columns <= budget.num_draws]
+        seconds: dict[str, float] = {}
+        if few:
+            trial, most = _of_columns(self.task, side, [found.graphs[x] for x in few])
+            by_column = seconds_per_product(trial, most, TRIAL_SECONDS) if most else 0.0
+            seconds |= {x: found.facts[x].num_columns * by_column / len(few) for x in few}
+        return seconds | self._of_columns([x for x in names if x not in few], budget.closer(0.5))
 
 
 def gauss_newton_alone(found: Findings, budget: Budget) -> list[str]:
@@ -267,28 +303,6 @@ def _columns_affordable(found: Findings, name: str, budget: Budget) -> bool:
 
 #: Draws by a budget, in so many seconds.
 _Draws = Callable[[Budget, float], list[Estimate]]
-
-
-def _drawn_alone(
-    task: Measurement,
-    found: Findings,
-    recording: Recording,
-    layer: Layer,
-    own: Sequence[Tensor | None] | None,
-    reduce: Reduce,
-) -> tuple[_Draws, int]:
-    """Draws of one layer, and how many are made at a time: on its parameters where their gradients are given."""
-    facts = found.facts[layer.name]
-    elements = facts.output_elements + facts.numel if own is None else facts.parameter_elements
-
-    def draws(budget: Budget, seconds: float) -> list[Estimate]:
-        if own is None:
-            graph = found.graphs[layer.name]
-            return [output_draws.run(task, graph, budget, elements, _nothing, reduce, None, seconds)[1]]
-        with recording.paused():
-            return [parameter_draws.run(task, layer, own, budget, elements, _nothing, reduce, seconds)]
-
-    return draws, products_at_once(elements, next(iter(layer.parameters.values())), task.chunk_size)
 
 
 def _drawn_columns(
