@@ -86,22 +86,22 @@ def losses_by_output(
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
     _require_finite(batch.gradients)
     share = precise_share(task, output)
-    if share is None and not (second_order or task.create_graph):
-        return SampleLosses(_own_gradients(task, batch, output, loss), batch.points, model_outputs)
-    if share is None:
+    if share is not None:
+        if not second_order:
+            batch.release()
+        found = _divided(batch.gradients, share)
+    elif second_order or task.create_graph:
         _require_separate(task, batch)
-    if share is None and task.create_graph:
-        own_gradients(task, batch, second_order=second_order)  # for its checks
-    if task.create_graph:  # the cotangents must stay connected to the model
-        apart = map_tensors(lambda t: t.view_as(t), output)  # nodes of their own, which no other output depends on
-        connected, points = expose_output(apart, task.dimension, detach=False)
-        found = gradients(own_losses(task, connected).sum(), points, create_graph=True)
-        return SampleLosses(found, points, model_outputs)
-    if share is None:
-        return SampleLosses(own_gradients(task, batch, second_order=second_order), batch.points, model_outputs)
-    if not second_order:
-        batch.release()
-    return SampleLosses(_divided(batch.gradients, share), batch.points, model_outputs)
+        found = own_gradients(task, batch, second_order=second_order)
+    else:
+        found = _own_gradients(task, batch, output, loss)
+    if not task.create_graph:
+        return SampleLosses(found, batch.points, model_outputs)
+    # The cotangents must stay connected to the model.
+    apart = map_tensors(lambda t: t.view_as(t), output)  # nodes of their own, which no other output depends on
+    connected, points = expose_output(apart, task.dimension, detach=False)
+    found = gradients(own_losses(task, connected).sum(), points, create_graph=True)
+    return SampleLosses(found, points, model_outputs)
 
 
 def _own_gradients(task: Measurement, batch: BatchLoss, output: Any, loss: Tensor) -> list[Tensor | None]:
