@@ -254,7 +254,7 @@ class CurvatureRecorder:
         if self._optimizer is not None:
             point.add({WHOLE_MODEL: {"learning_rate": max(float(g["lr"]) for g in self._optimizer.param_groups)}})
         source = self._samples_seen(point)
-        if source is None:
+        if not source.num_samples:
             return None
         fisher: Diagonals | None = None
         if self._probe.accumulate == "trace":
@@ -274,7 +274,7 @@ class CurvatureRecorder:
         return fisher
 
     def _samples_seen(self, point: Observation) -> Any:
-        """What the probe recorded since the last point, or its moving average; None, and a warning, of no samples."""
+        """What the probe recorded since the last point, or its moving average; warns where that is nothing."""
         steps, self._steps_of_window = self._steps_of_window, 0
         source: Any = self._probe
         if self._probe.decay is None:
@@ -285,12 +285,10 @@ class CurvatureRecorder:
             self._probe.synchronize()
         self._unseen = 0 if source.num_batches or source.num_samples else self._unseen + steps
         before, self._samples = self._samples, self._probe.num_samples
-        if source.num_samples:
-            return source
-        if self._unseen >= self._probe.every and "unseen" not in self._failed:
+        if not source.num_samples and self._unseen >= self._probe.every and "unseen" not in self._failed:
             self._failed.add("unseen")
             caution(TAKEN if self._samples > before else UNSEEN.format(self._unseen))
-        return None
+        return source
 
     def _see_noise(self, source: Any, point: Observation) -> None:
         """The gradient noise scale, where a batch of the window tells it: not every one does."""
@@ -363,8 +361,6 @@ class CurvatureRecorder:
         from .plot import plot
 
         return plot(self.history, statistic, top=top)
-
-    # ---- life
 
     def close(self) -> None:
         """Close what the recorder opened: the writers of paths."""
