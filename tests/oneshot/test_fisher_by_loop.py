@@ -62,7 +62,7 @@ def test_second_order_needs_a_loss_of_the_output() -> None:
     def penalised(f: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(f, t) + model[0].weight.square().sum()  # type: ignore[union-attr,operator]
 
-    with pytest.raises(InvalidArgumentError, match="computed by loss_fn from the model's output"):
+    with pytest.raises(InvalidArgumentError, match="loss_fn computes from the model's output"):
         measured(lambda task: by_loop(task, task.layers, Asked("type-2")), model, data(), penalised)
 
 
