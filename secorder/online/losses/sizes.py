@@ -29,8 +29,8 @@ _ROOT = (
 )
 
 _ONE_SIZE = (
-    "every batch had {} samples, so that it cannot be told whether a factor in the loss is one over their number, as "
-    'was assumed, or a constant: pass loss_scale=1 for the former, or reduction="sum" and loss_scale=1 for the latter.'
+    "every batch had {} samples, so that it cannot be told whether a factor in the loss is {} number, as was assumed, "
+    'or a constant: pass loss_scale=1 for the former, or reduction="{}" and loss_scale=1 for the latter.'
 )
 
 #: Of so few samples, constants are often as many, or a multiple of it.
@@ -50,16 +50,11 @@ class Sizes:
     factors: Sequence[float] = ()  #: what its paths multiply the mean over them by
     compared: bool = False  #: whether one of another size was looked at
     agree: bool = False  #: whether the latest one of another size was as is specified
-    divided: bool = False  #: whether a sum of few samples was taken to be divided by their number
+    assumed: str = ""  #: what was assumed of a factor, where all batches are of the same few samples
 
     def wants(self, samples: int) -> bool:
         """Whether a batch of so many samples is to be looked at."""
         return not self.compared and samples > 1 and self.samples not in (0, samples)
-
-    @property
-    def assumed(self) -> str:
-        """What was assumed of batches of one size, of few samples; else empty."""
-        return _ONE_SIZE.format(self.samples) if self.divided and not self.compared else ""
 
     def differ(self, paths: Collection[Path], told: str, samples: int) -> str:
         """Why a loss is not the mean, or sum, that it is told to be; empty where that does not show, or at first."""
@@ -67,9 +62,10 @@ class Sizes:
         if not self.samples:
             self.samples, self.factors = samples, factors
         if samples == self.samples:
-            self.divided = told == "mean" and samples <= FEW and any(x.power < 0 and not x.mean for x in paths)
+            if samples <= FEW and not self.compared:
+                self.assumed = self.assumed or _assumed(paths, told, samples)
             return ""
-        self.compared = True
+        self.compared, self.assumed = True, ""
         size = samples / self.samples
         as_told, otherwise = (1.0, size) if told == "mean" else (size, 1.0)  # what factors of both grow by
         before, now = _unmatched(self.factors, factors, as_told)
@@ -81,6 +77,15 @@ class Sizes:
         if any(_unmatched(before, now, otherwise)):
             return ""
         return (_SUM if told == "mean" else _MEAN).format(self.samples, samples, now[-1] / samples)
+
+
+def _assumed(paths: Collection[Path], told: str, samples: int) -> str:
+    """That a factor was taken to be the number of samples, or one over it, where one was; else empty."""
+    if told == "mean" and any(path.power < 0 and not path.mean for path in paths):
+        return _ONE_SIZE.format(samples, "one over their", "sum")
+    if told == "sum" and any(path.mean and path.likely > 0 for path in paths):
+        return _ONE_SIZE.format(samples, "their", "mean")
+    return ""
 
 
 def _unmatched(before: Sequence[float], now: Sequence[float], growth: float) -> tuple[list[float], list[float]]:

@@ -123,39 +123,48 @@ def test_the_root_of_the_number_of_samples_makes_neither_a_mean_nor_a_sum() -> N
     assert all("the root of their number" in reason for reason in came.refused.values()), came.refused
 
 
-#: Sums, and what they are divided by in batches that may be of few samples.
-DIVIDED: dict[str, Criterion] = {
-    "a sum": lambda z, t: F.cross_entropy(z, t, reduction="sum") / 2,
-    "a term": lambda z, t: F.cross_entropy(z, t) + 0.5 * z.square().sum(),
-    "by ranks": lambda z, t: F.cross_entropy(z, t, reduction="sum") / 8,
+#: Losses with a constant that is as large as the number of samples, or one over it; what is told, and what to pass.
+CONSTANTS: dict[str, tuple[Criterion, str, str]] = {
+    "a sum": (lambda z, t: F.cross_entropy(z, t, reduction="sum") / 2, "mean", 'reduction="sum"'),
+    "a term": (lambda z, t: F.cross_entropy(z, t) + 0.5 * z.square().sum(), "mean", 'reduction="sum"'),
+    "by ranks": (lambda z, t: F.cross_entropy(z, t, reduction="sum") / 8, "mean", 'reduction="sum"'),
+    "a mean": (lambda z, t: 2 * F.cross_entropy(z, t), "sum", 'reduction="mean"'),
+    "a mean of numbers": (lambda z, t: 2 * (z - 1).square().mean(), "sum", 'reduction="mean"'),
 }
 
 
-@pytest.mark.parametrize("name", DIVIDED)
+@pytest.mark.parametrize("name", CONSTANTS)
 def test_what_may_be_a_constant_where_all_batches_are_of_as_few_samples(name: str) -> None:
+    loss, told, says = CONSTANTS[name]
+
     def warned(*sizes: int, **options: object) -> list[str]:
         model = make()
-        with CurvatureProbe(model, **options) as probe:  # type: ignore[arg-type]
+        with CurvatureProbe(model, reduction=told, **options) as probe:  # type: ignore[arg-type]
             for x, t in map(data, sizes):
                 model.zero_grad()
-                DIVIDED[name](model(x), t).backward()
+                loss(model(x), t).backward()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 probe.fisher_diagonal()
-        return [str(x.message) for x in caught if "every batch" in str(x.message)]
+        return [str(x.message) for x in caught if "every batch" in str(x.message) and says in str(x.message)]
 
     assert warned(2, 2, 2)
     assert not warned(2, 2, 2, loss_scale=1.0)
 
 
-def test_a_mean_of_few_samples_is_one_in_batches_of_another_size() -> None:
-    def loss(z: Tensor, t: Tensor) -> Tensor:
-        return F.cross_entropy(z, t, reduction="sum") / len(z)
+#: What goes with the number of samples, by what is told.
+OF_FEW: dict[str, Criterion] = {
+    "mean": lambda z, t: F.cross_entropy(z, t, reduction="sum") / len(z),
+    "sum": lambda z, t: F.cross_entropy(z, t) * len(z),
+}
 
-    said = followed(loss, "mean", 2, 2, 2).warned
+
+@pytest.mark.parametrize("told", OF_FEW)
+def test_what_few_samples_leave_open_is_told_by_batches_of_another_size(told: str) -> None:
+    said = followed(OF_FEW[told], told, 2, 2, 2).warned
     assert any("every batch had 2 samples" in x for x in said)
     for sizes in ((2, 2, 3), (3, 2, 2, 2), (8, 8, 8)):
-        came = followed(loss, "mean", *sizes)
+        came = followed(OF_FEW[told], told, *sizes)
         assert came.exact
         assert not came.warned
 
