@@ -9,6 +9,9 @@ from .selection import Layer
 #: Sums of so many terms round by a few units in the last place of what the terms' squares add up to, whatever they are.
 MANY_TERMS = 256
 
+#: What passes for rounding at most, relative to the largest entry.
+MOST_ROUNDING = 1 / 16
+
 
 def compute_dtype(layer: Layer) -> torch.dtype:
     """The dtype a layer's curvature is accumulated in: float32 for half precision, else the parameters' own."""
@@ -26,7 +29,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def rounding(dtype: torch.dtype) -> float:
     """What passes for rounding, relative to the largest entry: a thousand units in the last place, or 1/16."""
-    return min(1024 * torch.finfo(dtype).eps, 1 / 16)
+    return min(1024 * torch.finfo(dtype).eps, MOST_ROUNDING)
 
 
 def zeros(layer: Layer) -> list[Tensor]:

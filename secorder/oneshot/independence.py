@@ -18,9 +18,12 @@ from .._torch.failures import is_missing_graph
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import chunks, default_chunk_size, stacked_vjp
 from ..batch import sample_dimension
-from ..layers.dtypes import rounding
+from ..layers.dtypes import MOST_ROUNDING, rounding
 from ..layers.layout import DIM_ZERO, Layout
 from .isolation import IsolatedModel
+
+#: How often samples are weighted by random powers of two.
+DRAWS = 3
 
 
 def separating_masks(count: int) -> Tensor:
@@ -252,8 +255,8 @@ def rows_weighted(
 ) -> Tensor:
     """Of each of K stacked gradients, whether weighting the samples has weighted their rows, to rounding: ``(K,)``.
 
-    That of their dtype, or of a ``kind`` on the way, relative to each sample's largest entry; and up to ``noise`` where
-    it was measured.
+    That of their dtype, or of a given ``kind``, relative to each sample's largest entry; or ``noise`` where it was
+    measured, of which no more than what passes for rounding at most: rows of other samples would pass too.
     """
     inner = layout._replace(dim=layout.dim + 1)
 
@@ -265,21 +268,30 @@ def rows_weighted(
         return plain.new_ones(len(plain), dtype=torch.bool)
     before, after = split(plain), split(weighted)
     expected = before * weights.to(before)[:, None]
-    bound = rounding(kind or plain.dtype) * expected.abs().amax(2, keepdim=True)
-    return ((after - expected).abs() <= (bound if noise is None else bound + noise)).flatten(1).all(1)
+    largest = expected.abs().amax(2, keepdim=True)
+    bound = rounding(kind or plain.dtype) * largest
+    if noise is not None:
+        bound = bound.maximum(noise.minimum(MOST_ROUNDING * largest))
+    return ((after - expected).abs() <= bound).flatten(1).all(1)
 
 
-def sample_weights(count: int, generator: torch.Generator) -> Tensor:
-    """Random weights of the samples, shape ``(N,)``, from 0.5 to 2: of few samples far apart, to any rounding."""
+def sample_weights(count: int, generator: torch.Generator, *, powers: bool = False) -> Tensor:
+    """Random weights of the samples, shape ``(N,)``, from 0.5 to 2: of few samples far apart, to any rounding.
+
+    Or ``powers`` of two, from 1/4 to 32, of which several draws tell samples apart: these leave rounding as it is,
+    however few digits there are, so that rows of one sample are weighted exactly, and those of others are far off.
+    """
     place = generator.device
     order = torch.randperm(count, generator=generator, device=place)
+    if powers:
+        return 2.0 ** (order % 8 - 2).double()
     beside = torch.rand(count, generator=generator, dtype=torch.float64, device=place)
     return 0.5 + 1.5 * (order + beside / 2) / count
 
 
 def weight_draws(tensors: Sequence[Tensor]) -> int:
-    """How often to check with random weights: in half precision some are the same to rounding, by chance."""
-    return 3 if any(torch.finfo(t.dtype).bits < 32 for t in tensors) else 1
+    """How often to check with random weights: once; in half precision by powers of two, of which some are the same."""
+    return DRAWS if any(torch.finfo(t.dtype).bits < 32 for t in tensors) else 1
 
 
 def sample_bits(count: int, device: torch.device | None = None) -> Tensor:

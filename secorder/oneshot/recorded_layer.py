@@ -247,8 +247,9 @@ def settle_layouts(
     count = model_outputs[0].shape[0]
     plain = pull_back(model_outputs, leaves, mixture, task.create_graph)
     options = [layout_options(z, count) for z in layers]
-    for _ in range(weight_draws(leaves)):
-        weights = sample_weights(count, task.generator).to(mixture)
+    draws = weight_draws(leaves)
+    for _ in range(draws):
+        weights = sample_weights(count, task.generator, powers=draws > 1).to(mixture)
         scaled = pull_back(model_outputs, leaves, mixture.detach() * weights[:, None], False)
         options = [
             [c for c in choices if _weighted(z.leaves, c, plain, scaled, weights)]

@@ -8,24 +8,22 @@ it is followed to what takes its output.
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .._torch.graph import Node, Output, Users, collection_paused, fewest_digits, outputs_of
+from .._torch.graph import Node, Output, Users, collection_paused, outputs_of
 from .._torch.sample_graph import SHARED, InnerSizes
 from .._torch.vjp import gradients
 from ..layers.layout import Layout, layout_of, layouts_of
 from ..layers.uses import Route, Uses, find_uses
-from .cotangents import measured_rounding
-from .independence import over_samples, rows_weighted, sample_weights, weight_draws
+from .cotangents import MEASURED
+from .independence import DRAWS, over_samples, rows_weighted, sample_weights, weight_draws
 
 #: How often further operations are looked at.
 ROUNDS = 24
-
-#: How many random weights tell where fewer digits than those of either end are looked at.
-_DRAWS = 3
 
 Parameters = Mapping[str, Mapping[str, Tensor]]
 
@@ -134,7 +132,7 @@ class ByCotangents(Evidence):
         super().__init__()
         self.inner_sizes = inner_sizes or {}
         self.ends, self.count, self.generator = ends, count, generator
-        self._weighted: list[tuple[Tensor, list[Tensor]]] = []
+        self._weighted: dict[int, list[tuple[Tensor, list[Tensor]]]] = {}
 
     @cached_property
     def outputs(self) -> list[Tensor]:
@@ -148,12 +146,15 @@ class ByCotangents(Evidence):
         return [torch.randn(f.shape, generator=own, dtype=kind, device=own.device).to(f) for f in self.outputs]
 
     def weighted(self, draws: int) -> list[tuple[Tensor, list[Tensor]]]:
-        """So many times, random weights of the samples, and the cotangents weighted by them."""
-        while len(self._weighted) < draws:
-            w = sample_weights(self.count, self.generator)
-            spread = [over_samples(w[None].to(c), c, o)[0] for c, (_, o) in zip(self.plain, self.ends, strict=True)]
-            self._weighted.append((w, [c * s for c, s in zip(self.plain, spread, strict=True)]))
-        return self._weighted[:draws]
+        """So many times, random weights of the samples (of several powers of two), and cotangents weighted by them."""
+        if draws not in self._weighted:
+            self._weighted[draws] = [self._once_weighted(powers=draws > 1) for _ in range(draws)]
+        return self._weighted[draws]
+
+    def _once_weighted(self, *, powers: bool) -> tuple[Tensor, list[Tensor]]:
+        w = sample_weights(self.count, self.generator, powers=powers)
+        spread = [over_samples(w[None].to(c), c, o)[0] for c, (_, o) in zip(self.plain, self.ends, strict=True)]
+        return w, [c * s for c, s in zip(self.plain, spread, strict=True)]
 
     def _judge(self, outputs: Sequence[tuple[Node, Output]]) -> list[Layout | None]:
         by_graph = [self._by_graph(node, output) for node, output in outputs]
@@ -175,59 +176,48 @@ class ByCotangents(Evidence):
 
     def _by_gradients(self, outputs: Sequence[tuple[Node, Output]]) -> list[Layout | None]:
         plain = gradients_at(self.outputs, outputs, self.plain)
-        alike: dict[tuple[int, ...], list[int]] = {}  # the steps of a recurrent layer are looked at together
-        for i, ((_, output), g) in enumerate(zip(outputs, plain, strict=True)):
-            if g is not None:
-                alike.setdefault(output.shape, []).append(i)
         options = [layouts_of(output.shape, self.count) for _, output in outputs]
-        before = {shape: torch.stack([plain[i] for i in ids]) for shape, ids in alike.items()}  # type: ignore[misc]
-        seen = [*self.outputs, *before.values()]  # few digits at either end are what is rounded to
-        kind = fewest_digits(t.dtype for t in seen)
-        for weights, cotangents in self.weighted(weight_draws(seen)):
-            scaled = gradients_at(self.outputs, outputs, cotangents)
-            for shape, ids in alike.items():
-                after = torch.stack([scaled[i] for i in ids])  # type: ignore[misc]
-                for layout in layouts_of(shape, self.count):
-                    holds = rows_weighted(before[shape], after, weights, layout, kind=kind)
-                    for i, held in zip(ids, holds.tolist(), strict=True):
-                        if not held and layout in options[i]:
-                            options[i].remove(layout)
-        unsettled = {i: g for i, g in enumerate(plain) if g is not None and not options[i]}
-        for i, choices in self._with_fewer_digits(outputs, unsettled).items():
-            options[i] = choices
-        for shape, ids in alike.items():
-            moved = (before[shape].reshape(len(ids), -1) != 0).any(1).tolist()
-            for i, here in zip(ids, moved, strict=True):
-                (self.moved if here else self.blank).add(outputs[i][0])
+        reached = {i: g for i, g in enumerate(plain) if g is not None}
+        moved = torch.stack([(g != 0).any() for g in reached.values()]).tolist() if reached else []
+        for i, here in zip(reached, moved, strict=True):
+            (self.moved if here else self.blank).add(outputs[i][0])
+        rest = {i: g for i, g in reached.items() if options[i]}
+        few = weight_draws([*self.outputs, *rest.values()])
+        for draws in dict.fromkeys((few, DRAWS)):  # on the way there may be fewer digits than at either end
+            found = self._layouts_weighted(outputs, rest, draws) if rest else {}
+            for i, choices in found.items():
+                options[i] = choices
+            rest = {i: g for i, g in rest.items() if not options[i]}
         return [next(iter(choices), None) for choices in options]
 
-    def _with_fewer_digits(
-        self, outputs: Sequence[tuple[Node, Output]], plain: Mapping[int, Tensor]
+    def _layouts_weighted(
+        self, outputs: Sequence[tuple[Node, Output]], plain: Mapping[int, Tensor], draws: int
     ) -> dict[int, list[Layout]]:
-        """The layouts of outputs, by their numbers, to the rounding that their gradients (``plain``) show themselves.
+        """Of some outputs, by their numbers, the layouts of which weighting the samples weights the rows."""
+        alike: dict[tuple[int, ...], list[int]] = {}  # the steps of a recurrent layer are looked at together
+        for i, g in plain.items():
+            alike.setdefault(tuple(g.shape), []).append(i)
 
-        A part of the model on the way may compute in fewer digits than either end.
-        """
-        plain = {i: g for i, g in plain.items() if layouts_of(g.shape, self.count)}
-        if not plain:
-            return {}
-        asked = [outputs[i] for i in plain]
+        def at(cotangents: Sequence[Tensor]) -> dict[tuple[int, ...], Tensor]:
+            found = gradients_at(self.outputs, [outputs[i] for i in plain], cotangents)
+            by_number = dict(zip(plain, found, strict=True))
+            return {shape: torch.stack([by_number[i] for i in ids]) for shape, ids in alike.items()}  # type: ignore[misc]
 
-        def at(cotangents: Sequence[Tensor]) -> dict[int, Tensor]:
-            found = gradients_at(self.outputs, asked, cotangents)
-            return {id(g): torch.zeros_like(g) if f is None else f for g, f in zip(plain.values(), found, strict=True)}
-
-        own = {id(g): g for g in plain.values()}
-        noise = measured_rounding(list(plain.values()), own, lambda number: at([number * c for c in self.plain]))
-        draws = [(weights, at(cotangents)) for weights, cotangents in self.weighted(_DRAWS)]
-
-        def holds(layout: Layout, g: Tensor) -> bool:
-            return all(
-                bool(rows_weighted(g[None], found[id(g)][None], weights, layout, noise=noise[id(g)]))
-                for weights, found in draws
-            )
-
-        return {i: [o for o in layouts_of(g.shape, self.count) if holds(o, g)] for i, g in plain.items()}
+        before = {shape: torch.stack([plain[i] for i in ids]) for shape, ids in alike.items()}
+        # By powers of two the same is weighted, to the last of however few digits, but for sums in another order.
+        again = at(self.plain) if draws > 1 else {}
+        noise = {shape: MEASURED * (g - before[shape]).abs().amax() for shape, g in again.items() if g.numel()}
+        options = {i: layouts_of(g.shape, self.count) for i, g in plain.items()}
+        for weights, cotangents in self.weighted(draws):
+            for shape, after in at(cotangents).items():
+                kind = torch.promote_types(torch.float32, after.dtype)
+                for layout in layouts_of(shape, self.count):
+                    how: Any = {"kind": kind, "noise": noise.get(shape)}
+                    holds = rows_weighted(before[shape], after, weights, layout, **how)
+                    for i, held in zip(alike[shape], holds.tolist(), strict=True):
+                        if not held and layout in options[i]:
+                            options[i].remove(layout)
+        return options
 
 
 def _of_leaves(node: Node) -> bool:

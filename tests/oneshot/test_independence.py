@@ -113,6 +113,7 @@ def test_rows_are_weighted_as_their_samples_are(layout: Layout) -> None:
     assert rows_weighted(plain, weighted, weights, layout).tolist() == [True, False, True]
     assert rows_weighted(plain, weighted, weights, layout, noise=torch.tensor(1e-2)).all()
     assert rows_weighted(plain, weighted, weights, layout, kind=torch.bfloat16).all()
+    assert not rows_weighted(plain, weighted + 10, weights, layout, noise=torch.tensor(1e2)).any()
     other = layout._replace(sample_major=not layout.sample_major) if layout.rows > 1 else Layout(1 - layout.dim)
     assert not rows_weighted(plain, weighted, weights, other).any()
     assert rows_weighted(plain[:, :0, :0], plain[:, :0, :0], weights[:0], layout).all()
@@ -124,6 +125,15 @@ def test_weights_of_few_samples_are_far_apart(count: int) -> None:
         weights = sample_weights(count, torch.Generator().manual_seed(seed)).sort().values
         assert ((weights >= 0.5) & (weights < 2)).all()
         assert (weights.diff() > 0.75 / count * 0.99).all()
+
+
+def test_powers_of_two_tell_samples_apart_and_round_nothing() -> None:
+    draws = torch.stack([sample_weights(64, torch.Generator().manual_seed(seed), powers=True) for seed in range(3)])
+    assert (draws.frexp().mantissa == 0.5).all()
+    assert ((draws >= 0.25) & (draws <= 32)).all()
+    few = torch.randn(64).bfloat16()
+    assert ((few * draws.bfloat16()).double() == few.double() * draws).all()
+    assert len(set(map(tuple, draws.T.tolist()))) > 56
 
 
 def test_half_precision_is_looked_at_more_often() -> None:

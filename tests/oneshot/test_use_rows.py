@@ -56,6 +56,22 @@ def test_fewer_digits_on_the_way_than_at_either_end(inside: torch.dtype, seed: i
     assert routes["table"] == {("table", "MulBackward0 0")}
 
 
+@pytest.mark.parametrize("end", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [0.2, 1.0])
+@pytest.mark.parametrize("seed", range(20))
+def test_few_digits_do_not_make_rows_of_several_samples_those_of_one(end: torch.dtype, first: float, seed: int) -> None:
+    """Rows of packed sequences: of samples of one and three steps, whose first one counts less."""
+    generator = torch.Generator().manual_seed(seed)
+    owners, x = torch.tensor([1, 0, 1, 1]), torch.randn(4, 5, dtype=torch.float32, generator=generator)
+    w = torch.randn(5, 2, dtype=torch.float32, generator=generator, requires_grad=True)
+    rows = (x @ w) * torch.tensor([first, 1.0, 1.0, 1.0], dtype=torch.float32)[:, None]
+    z = torch.zeros(2, 2, dtype=torch.float32).index_add(0, owners, rows.bfloat16().tanh().float()).to(end)
+    evidence = ByCotangents([(z, DIM_ZERO)], 2, generator)
+    users = users_of([z])
+    evidence.judge([node for node in users if node.name() == "MmBackward0"])
+    assert list(evidence.layouts.values()) == [[None]]
+
+
 def test_outputs_that_nothing_depends_on_do_not_hide_where_samples_are() -> None:
     """The states behind the last step of a recurrent layer: it would be followed, and run once a sample."""
     core, x = torch.nn.LSTM(3, 2, batch_first=True), torch.randn(N, T, 3)

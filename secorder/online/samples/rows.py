@@ -1,6 +1,6 @@
 """The rows of each layer's output, and the samples that they belong to: by graph, weighted cotangents, or change."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +16,7 @@ from ..._torch.vjp import gradients
 from ...errors import DoubleBackwardError
 from ...layers.layout import Layout
 from ...layers.selection import Layer
-from ...oneshot.cotangents import measured_rounding
-from ...oneshot.independence import changed_entries, rows_weighted, separating_masks, weight_draws
+from ...oneshot.independence import DRAWS, changed_entries, rows_weighted, separating_masks, weight_draws
 from ...oneshot.recorded_layer import RecordedLayer, layout_options
 from ...oneshot.use_rows import ByCotangents
 from ...parallel.ranks import Ranks
@@ -109,13 +108,12 @@ def _by_cotangents(asked: Sequence[tuple[RecordedLayer, list[list[Layout]]]], gr
         }
 
     plain = pull_back(cotangents.plain)
-    draws = [(weights, pull_back(weighted)) for weights, weighted in cotangents.weighted(weight_draws(leaves))]
-    options = [_that_scale(z, c, plain, draws) for z, c in zip(layers, candidates, strict=True)]
-    unsettled = [i for i, (o, c) in enumerate(zip(options, candidates, strict=True)) if all(c) and not all(o)]
-    if unsettled:
-        noise = measured_rounding(leaves, plain, lambda number: pull_back([number * c for c in cotangents.plain]))
+    options: list[list[list[Layout]]] = [[[]] for _ in layers]
+    for number in dict.fromkeys((weight_draws(leaves), DRAWS)):  # by powers of two where rounding hides it
+        unsettled = [i for i, (o, c) in enumerate(zip(options, candidates, strict=True)) if all(c) and not all(o)]
+        draws = [(weights, pull_back(weighted)) for weights, weighted in cotangents.weighted(number * bool(unsettled))]
         for i in unsettled:
-            options[i] = _that_scale(layers[i], candidates[i], plain, draws, noise)
+            options[i] = _that_scale(layers[i], candidates[i], plain, draws)
     known, unknown, reached = _none_yet()
     for z, by_leaf in zip(layers, options, strict=True):
         name = z.layer.name
@@ -134,13 +132,11 @@ def _that_scale(
     candidates: list[list[Layout]],
     plain: dict[int, Tensor],
     draws: Sequence[tuple[Tensor, dict[int, Tensor]]],
-    noise: Mapping[int, Tensor] | None = None,
 ) -> list[list[Layout]]:
     """For each output of a layer the layouts of which weighting the samples weights the rows."""
 
     def holds(layout: Layout, key: int) -> bool:
-        own = None if noise is None else noise[key]
-        return all(bool(rows_weighted(plain[key], found[key], weights, layout, noise=own)) for weights, found in draws)
+        return all(bool(rows_weighted(plain[key], found[key], weights, layout)) for weights, found in draws)
 
     return [[o for o in choices if holds(o, id(leaf))] for leaf, choices in zip(z.leaves, candidates, strict=True)]
 
