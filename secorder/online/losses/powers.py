@@ -65,6 +65,9 @@ CURVED = frozenset({
     "Logsumexp", "Sigmoid", "Softmax", "Softplus", "Tanh",
 })  # fmt: skip
 
+#: What adds up products, or powers, of numbers, with no factor of its own.
+ADDS = frozenset({"Bmm", "Dist", "Dot", "LinalgVectorNorm", "Mm", "Mv", "Norm"})
+
 
 class Path(NamedTuple):
     """What all ways of one kind from a loss to an output have in common."""
@@ -148,7 +151,8 @@ def _through(walk: _Walk, paths: Collection[Path], place: Place, index: int) -> 
         return [_chosen(walk, path, *rows) for path in paths]
     by = multiplier(node, index, walk.leads, walk.samples, number)
     if by is None or not by.numel():
-        if prod(shape_of(*place)) < walk.samples and _mixes(place, index) and _samples_of(walk, *place) > 1:
+        joins = operation_of(node) not in ADDS and prod(shape_of(*place)) < walk.samples and _mixes(place, index)
+        if joins and _samples_of(walk, *place) > 1:
             g = pull_back(walk.loss.roots, {place}).get(place)
             if g is None or not bool(g.any()):
                 return []  # a term that is switched off

@@ -63,7 +63,10 @@ _UNSEEN = (
     "out."
 )
 
-_THROUGH = "it runs through {} (a custom function, a compiled one, a checkpoint, or complex numbers)"
+_THROUGH = (
+    "it runs through {} (a custom function, a compiled one, a checkpoint, complex numbers, or what puts samples together "
+    "in a way of its own)"
+)
 
 #: Of the first forwards, those that come behind one that is looked at, in the same backward, are looked at, too;
 #: later where few share a backward: of a long episode, one is looked at nearly each time.

@@ -162,6 +162,35 @@ def test_factors_of_what_is_linear_are_seen_whatever_operation_it_is(name: str, 
     assert all(f'pass reduction="{kind}"' in reason for reason in came.refused.values())
 
 
+#: Sums of what is made of the numbers of samples, in which no factor is.
+MADE: dict[str, Callable[[Tensor], Tensor]] = {
+    "a product of vectors": lambda d: d.flatten() @ d.flatten(),
+    "a product of matrices": lambda d: torch.einsum("nc,nc->", d, d),
+    "a trace of products": lambda d: (d.T @ d).trace(),
+    "a column by a row": lambda d: (d[:, :1].T @ d[:, :1])[0, 0],
+    "a squared norm": lambda d: d.norm() ** 2,
+    "the square of a norm of rows": lambda d: torch.linalg.vector_norm(d.norm(dim=1)) ** 2,
+    "a norm of the first order": lambda d: torch.linalg.vector_norm(d, 1),
+    "a squared distance": lambda d: torch.dist(d, torch.zeros_like(d)) ** 2,
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("kind", ["sum", "mean"])
+def test_products_and_norms_add_up_without_a_factor(name: str, kind: str) -> None:
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        z = m(b[0])
+        return MADE[name](z - F.one_hot(b[1], 3)) * (1.0 if kind == "sum" else 1 / len(z))
+
+    other = {"sum": "mean", "mean": "sum"}[kind]
+    came = follow(make(), [data(6), data(7)], loss, reduction=kind)
+    assert came.exact
+    assert not came.warned
+    came = follow(make(), [data(6), data(7)], loss, reduction=other)
+    assert came.refused
+    assert all(f'pass reduction="{kind}"' in reason for reason in came.refused.values())
+
+
 @pytest.mark.parametrize("name", MEANS)
 def test_other_means_are_no_sums(name: str) -> None:
     def loss(m: nn.Module, b: Any) -> Tensor:
