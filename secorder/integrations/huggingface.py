@@ -240,7 +240,7 @@ class _ByLabels:
         inside = _inside(model)
         text, names = _written(inside), type(inside).__name__
         if "loss_function" in text:  # the library's own, by the kind of model: a causal one's of captions, too
-            names += getattr(inside.loss_function, "__name__", "")
+            names += getattr(getattr(inside, "loss_function", None), "__name__", "")
         causal = "CausalLM" in names or "LMHead" in names
         items = "num_items_in_batch" if not text or "loss_function" in text or "num_items_in_batch" in text else ""
         self._weights = token_weights(shift=int(causal), items=items)

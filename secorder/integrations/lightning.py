@@ -217,7 +217,8 @@ class CurvatureCallback(pl.Callback):
     def state_key(self) -> str:
         """What tells the states of several callbacks of one trainer apart: of a generator and a discriminator, say."""
         options = {"module": self._module, **self._probe_arguments}
-        told = {key: options[key] for key in ("module", "layers", "accumulate") if options.get(key) is not None}
+        named = {key: options[key] for key in ("module", "layers", "accumulate") if options.get(key) is not None}
+        told = {key: sorted(require_strings(key, value)) for key, value in named.items()}
         return f"{super().state_key}{told or ''}"
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..parallel.fsdp import Shard, part_of
 from .agreement import share_troubles
 from .fisher import OnlineFisher
 from .norm_sums import COLUMNS, NormSums
-from .reading import everything, ranks
+from .reading import num_samples
 from .sums import LayerSums
 from .window_sums import WindowSums, put_aside
 
@@ -52,7 +52,9 @@ def state_of(fisher: OnlineFisher, attachment: "Attachment | None") -> dict[str,
     """See :meth:`secorder.CurvatureProbe.state_dict`."""
     counts = [0, 0] if attachment is None else [attachment.counts[True], attachment.counts[False]]
     settings = _KINDS.index(_kind(fisher)), _ACCUMULATED.index(fisher.accumulate)
-    parts = _parts(fisher) if has_ranks() else round(ranks(everything(fisher)))  # it may be a part of what they had
+    parts = _parts(fisher)
+    if not has_ranks() and (seen := sum(float(x.seen) for x in (fisher, fisher.earlier) if x is not None)):
+        parts = round(num_samples(fisher) / seen)  # it may be a part of what ranks had
     state = {
         "header": torch.tensor([VERSION, *settings, *counts, parts], device="cpu"),
         "decay": torch.tensor(fisher.decay or 0.0, dtype=torch.float64, device="cpu"),
@@ -211,7 +213,7 @@ def _share(window: "OnlineFisher | WindowSums", group: "dist.ProcessGroup | None
 
 
 def _divide(window: "OnlineFisher | WindowSums", parts: float) -> None:
-    """Keep one of so many parts of what is counted; the rest is elsewhere."""
+    """Keep one of so many parts of what is counted; the rest is elsewhere, if any: a part may be made the whole."""
     whole = float(window.seen) + window.elsewhere
     window.norms.table[:, _SHARED] /= parts
     for sums in window.sums.values():
@@ -219,4 +221,4 @@ def _divide(window: "OnlineFisher | WindowSums", parts: float) -> None:
         for total in sums.sums:
             total.div_(parts)
     window.seen.div_(parts)
-    window.elsewhere = whole - float(window.seen)
+    window.elsewhere = max(whole - float(window.seen), 0.0)

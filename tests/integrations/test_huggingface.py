@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
 
 from secorder import CurvatureProbe, CurvatureWarning
 
@@ -288,6 +289,22 @@ def test_what_is_causal_goes_by_the_loss_and_not_by_the_name() -> None:
     whole, parts = (model(input_ids=rows.clamp(min=0), labels=rows).loss for rows in (labels, labels[:1]))
     other = model(input_ids=labels[1:].clamp(min=0), labels=labels[1:]).loss
     torch.testing.assert_close(whole.double(), weights[0] * parts + weights[1] * other)
+
+
+def test_a_model_of_ones_own_may_call_its_loss_as_it_likes() -> None:
+    from secorder.integrations.huggingface import _ByLabels
+
+    def loss_function(logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    class Own(nn.Module):
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            return loss_function(x, labels)
+
+    labels = torch.tensor([[5, 6, 7], [9, -100, -100]])
+    weights = _ByLabels(Own())(labels=labels)
+    assert weights is not None
+    assert weights.tolist() == [0.75, 0.25]
 
 
 @pytest.mark.parametrize("task", ["CAUSAL_LM", None])

@@ -106,3 +106,18 @@ def test_a_part_of_what_ranks_had_is_the_whole_where_one_process_goes_on(accumul
     assert (noise.squared_norm, noise.variance) == pytest.approx((other.squared_norm, other.variance))
     if accumulate == "diagonal":
         assert_all_close(found.fisher_diagonal(), expected.fisher_diagonal())
+
+
+def test_the_part_of_ranks_that_were_not_synchronised_stands_for_all_of_them() -> None:
+    """Of the others nothing is known: each sample of it is as many."""
+    model, batch = mlp(), data()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        step(model, batch)
+        before, state = probe.fisher_diagonal(), probe.state_dict()
+        state["header"][-1] = 3
+        for _ in range(2):  # what goes on from it is one part itself
+            probe.load_state_dict(state)
+            assert probe.num_samples == 3 * len(batch[0])
+            assert_all_close(probe.fisher_diagonal(), before)
+            state = probe.state_dict()
+            assert state["header"][-1] == 1
