@@ -64,8 +64,8 @@ _UNSEEN = (
 )
 
 _THROUGH = (
-    "it runs through {} (a custom function, a compiled one, a checkpoint, complex numbers, or what puts samples together "
-    "in a way of its own)"
+    "it runs through {} (a custom function, a compiled one, a checkpoint, complex numbers, or what puts samples "
+    "together in a way of its own)"
 )
 
 #: Of the first forwards, those that come behind one that is looked at, in the same backward, are looked at, too;
