@@ -113,14 +113,15 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
     tell what the error is relative to.
     """
     start, some = now(), _exactly(root, budget)
-    if some is None or some.num_columns + budget.num_draws >= root.num_columns:
+    count, without = (some.num_columns, some.order) if some else (0, None)
+    if count + budget.num_draws >= root.num_columns:
         seconds, num_bytes = _cost_of_columns(root, contract)
         return Forecast(root.num_columns, seconds, num_bytes, now() - start)
-    seconds, num_bytes = _cost_of_columns(some, contract)
+    seconds, num_bytes = _cost_of_columns(some, contract) if some else (0.0, {})
     made: list[list[list[Tensor]]] = []
 
     def first() -> None:
-        made.append(contract(Draws.of(root, 1, generator, without=some.order)))
+        made.append(contract(Draws.of(root, 1, generator, without=without)))
 
     one = seconds_of(lambda: num_bytes.update({1: max(num_bytes.get(1, 0), most_bytes(first))}))
     tried = max(LEAST_DRAWS, min(PILOT_COLUMNS, int(TRIAL_SECONDS / max(one, 1e-9))))
@@ -132,10 +133,10 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
         return average(draw, zero, pilot, 1, lambda _: None).split(sizes, pilot)
 
     rests: list[Estimate] = []
-    by_draw = seconds_of(lambda: rests.extend(spread(some.order))) / tried
+    by_draw = seconds_of(lambda: rests.extend(spread(without))) / tried
     wanted = [draws_for(budget, tried, rest.errors, every) for rest, every in zip(rests, spread(None), strict=True)]
     draws = math.ceil(min(max([budget.num_draws, *wanted]), budget.max_draws))
-    return Forecast(some.num_columns + draws, seconds + draws * by_draw, num_bytes, now() - start)
+    return Forecast(count + draws, seconds + draws * by_draw, num_bytes, now() - start)
 
 
 def _cost_of_columns(columns: Columns, contract: Contraction) -> tuple[float, dict[int, int]]:

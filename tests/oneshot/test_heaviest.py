@@ -1,5 +1,6 @@
 """The heaviest columns of each sample, and the rest by random signs."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe, InvalidArgumentError
 from secorder._torch.vjp import gradients
-from secorder.oneshot.heaviest import heaviest
+from secorder.oneshot.heaviest import by_weight, forecast, heaviest
+from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.output_root import output_root
-from secorder.oneshot.roots import Draws
+from secorder.oneshot.roots import Columns, Draws
 
 from ..helpers import seeded
 from ..reference import assert_all_close, ggn_by_sample
@@ -87,6 +89,26 @@ def test_the_fisher_of_many_classes(rtol: float) -> None:
     assert z.square().mean() < 2.5  # unbiased
     ratio = (errors.square().mean(0) / values.var(0))[live]
     assert 0.6 < ratio.median() < 1.7  # and the error is as told
+
+
+def test_columns_without_weights_are_drawn_and_so_forecast() -> None:
+    f = torch.randn(N, 400, generator=seeded()).requires_grad_()
+    loss = F.mse_loss(f.sigmoid(), torch.zeros_like(f))
+    root = replace(output_root(gradients(loss, [f], create_graph=True), [f]), weights=None)
+    made: list[int] = []
+
+    def contract(columns: Columns) -> list[list[Tensor]]:
+        made.append(columns.num_columns)
+        pairs = columns.columns(range(columns.num_columns))
+        values = pairs.u.sum(2).square() if pairs.sign is None else pairs.sign * pairs.u.sum(2).square()
+        return [[values.sum()[None]]]
+
+    budget = Budget.checked("hutchinson", None, 0.5, None, None)
+    told = forecast(root, budget, contract, seeded())
+    made.clear()
+    by_weight(root, budget, contract, seeded())
+    assert sum(made) < 400
+    assert told.columns < 400
 
 
 def test_few_columns_are_exact_and_other_layers_too() -> None:
