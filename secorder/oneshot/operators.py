@@ -200,8 +200,9 @@ def _output_operators(task: Measurement, of: Curvature) -> Blocks:
     side = losses_by_output(task, output, loss, [], second_order=of == "ggn") if loss.requires_grad else None
     if side is None:
         raise InvalidArgumentError(
-            f"of={of!r} needs a loss that is computed by loss_fn from the model's output, cut into samples: here it "
-            'depends on more than that; pass of="hessian".'
+            f"of={of!r} needs a loss that loss_fn computes from the model's output, cut into samples: here it comes "
+            "from inside the model (compute it from the logits), or the network is inside of the loss (leave a penalty "
+            'of the weights out); or pass of="hessian".'
         )
     require_independent_samples(task, output)
     metric = _metric(task, side, of)
