@@ -1,6 +1,7 @@
 """The autograd graph: its nodes, the tensors that they have saved, and the backward of one node alone."""
 
 import gc
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,6 +61,13 @@ def nodes_behind(roots: Iterable[Node]) -> Iterator[Node]:
             if before is not None and before not in seen:
                 seen.add(before)
                 waiting.append(before)
+
+
+def elements_by_operation(output: Tensor) -> float:
+    """The numbers that an operation in the graph of a tensor computed, on average."""
+    nodes = [] if output.grad_fn is None else nodes_behind([output.grad_fn])
+    sizes = [math.prod(x.shape) for node in nodes if not hasattr(node, "variable") for x in outputs_of(node)]
+    return sum(sizes) / max(1, len(sizes))
 
 
 def leaves_of(outputs: Iterable[Tensor]) -> dict[int, Tensor]:

@@ -26,6 +26,10 @@ PART_OF_FREE_MEMORY = 8
 #: quarter to a third more in networks with group normalisation and attention, and a tenth less at best in others.
 ALONE_BYTES = 1 << 19
 
+#: What an operation has to compute for that, on average: of smaller ones (the steps of a recurrent cell) it is their
+#: number that takes the time, twice as much alone.
+LONG_OPERATION_BYTES = 1 << 15
+
 #: A tensor of a graph, or the edge that names it.
 End = GradientEdge | Tensor
 
@@ -193,11 +197,18 @@ def default_chunk_size(elements: int, like: Tensor, chunk_size: int | None) -> i
     return max(1, budget // max(1, 4 * elements * like.element_size()))
 
 
-def products_at_once(elements: int, like: Tensor, chunk_size: int | None) -> int:
-    """How many Hessian-vector products to batch: as :func:`default_chunk_size`, but on a CPU no long ones."""
-    if chunk_size is None and like.device.type == "cpu" and elements * like.element_size() >= ALONE_BYTES:
-        return 1
-    return default_chunk_size(elements, like, chunk_size)
+def products_at_once(elements: int, like: Tensor, chunk_size: int | None, by_operation: float) -> int:
+    """How many Hessian-vector products to batch: as :func:`default_chunk_size`, but on a CPU no long ones.
+
+    Of a model whose operations compute so many numbers each, on average (``by_operation``).
+    """
+    size = like.element_size()
+    long = elements * size >= ALONE_BYTES and by_operation * size >= LONG_OPERATION_BYTES
+    return (
+        1
+        if chunk_size is None and long and like.device.type == "cpu"
+        else default_chunk_size(elements, like, chunk_size)
+    )
 
 
 def check_chunk_size(chunk_size: int | None) -> None:

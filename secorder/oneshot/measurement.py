@@ -1,5 +1,6 @@
 """One measurement: the isolated model, the loss, the batch, and the options."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .._torch.autocast import autocast_state, under_autocast
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.random_state import fresh_generator
-from .._torch.vjp import check_chunk_size, gradients
+from .._torch.vjp import check_chunk_size, gradients, products_at_once
 from ..batch import (
     arguments_of,
     batch_size,
@@ -63,6 +64,7 @@ class Measurement:
     owned: Owned | None = field(default=None, repr=False)  #: whose the inputs are, where no dimension holds the samples
     recordable: bool = True  #: whether the model runs with detached parameters in the layers' calls
     told: Told = field(default_factory=Told, repr=False)  #: by trials, of this measurement or one before
+    by_operation: float = math.inf  #: numbers that an operation of model and loss computes on average, if it is known
 
     @property
     def model(self) -> nn.Module:
@@ -107,6 +109,10 @@ class Measurement:
             return self.loss_fn(output, targets)
         with self.isolated.loss_once_more(seed):
             return self.loss_fn(output, targets)
+
+    def products_at_once(self, elements: int, like: Tensor) -> int:
+        """How many Hessian-vector products to batch that keep so many numbers each."""
+        return products_at_once(elements, like, self.chunk_size, self.by_operation)
 
     def enters_model(self, loss: Tensor, leaves: Sequence[Tensor]) -> bool:
         """Whether a loss of the output alone depends on leaves inside of the model, or on the layers' parameters."""

@@ -15,6 +15,7 @@ from secorder._torch.graph import (
     collection_paused,
     current_node,
     dtypes_of,
+    elements_by_operation,
     leads_to_these_alone,
     least_precise,
     leaves_of,
@@ -194,3 +195,9 @@ def test_where_a_module_has_backward_hooks_gradients_are_handed_on() -> None:
     node = output.grad_fn
     assert passes_on(node)
     assert not passes_on(node.next_functions[0][0])
+
+
+def test_numbers_that_an_operation_computes() -> None:
+    x = torch.randn(2, 6, requires_grad=True)
+    assert elements_by_operation((x.sin() * x).sum()) == (12 + 12 + 1) / 3
+    assert elements_by_operation(x) == elements_by_operation(x.detach()) == 0

@@ -1,5 +1,7 @@
 """Products of many vectors at once, against one at a time."""
 
+from math import inf
+
 import pytest
 import torch
 from torch import Tensor
@@ -83,11 +85,18 @@ def test_chunks() -> None:
 
 def test_long_products_are_made_alone_on_a_cpu() -> None:
     like = torch.zeros(1, dtype=torch.float32)
-    assert products_at_once((1 << 17) - 1, like, None) == default_chunk_size((1 << 17) - 1, like, None) > 1
-    assert products_at_once(1 << 17, like, None) == products_at_once(1 << 16, like.double(), None) == 1
-    assert products_at_once(1 << 17, like, 3) == 3
+    assert products_at_once((1 << 17) - 1, like, None, inf) == default_chunk_size((1 << 17) - 1, like, None) > 1
+    assert (
+        products_at_once(1 << 17, like, None, 1 << 13) == products_at_once(1 << 16, like.double(), None, 1 << 12) == 1
+    )
+    assert products_at_once(1 << 17, like, 3, inf) == 3
     elsewhere = torch.zeros(1, device="meta")
-    assert products_at_once(1 << 17, elsewhere, None) == default_chunk_size(1 << 17, elsewhere, None)
+    assert products_at_once(1 << 17, elsewhere, None, inf) == default_chunk_size(1 << 17, elsewhere, None)
+
+
+def test_products_through_many_short_operations_are_made_together() -> None:
+    like = torch.zeros(1, dtype=torch.float32)
+    assert products_at_once(1 << 17, like, None, (1 << 13) - 1) == default_chunk_size(1 << 17, like, None) > 1
 
 
 class Broken(NoBatching):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..._torch.memory import most_bytes
-from ..._torch.vjp import default_chunk_size, products_at_once
+from ..._torch.vjp import default_chunk_size
 from ...layers.selection import Layer
 from ...results import Strategy
 from ..measurement import Measurement
@@ -185,7 +185,8 @@ def layer_cost(task: Measurement, facts: Facts, choice: Choice, seconds: float =
     elements = facts.output_elements if in_z else facts.parameter_elements
     layer = next(x for x in task.layers if x.name == facts.layer)
     like = next(iter(layer.parameters.values()))
-    at_once = products_at_once if choice.strategy in _BY_LAYER else default_chunk_size
-    batch = min(max(choice.products, 1), at_once(elements, like, task.chunk_size))
+    by_layer = choice.strategy in _BY_LAYER
+    most = task.products_at_once(elements, like) if by_layer else default_chunk_size(elements, like, task.chunk_size)
+    batch = min(max(choice.products, 1), most)
     num_bytes = facts.num_bytes or 4 * batch * elements * like.element_size()
     return LayerCost(choice.strategy, choice.products, choice.exact_products, num_bytes, seconds)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.failures import is_users_own
-from ..._torch.graph import leaves_of
+from ..._torch.graph import elements_by_operation, leaves_of
 from ..._torch.pytree import tensors_in
 from ..._torch.vjp import gradients, stacked_vjp
 from ...layers.selection import Layer
@@ -124,6 +124,7 @@ def attached(
     seconds = time.perf_counter() - start
     if not loss.requires_grad:
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
+    task.by_operation = elements_by_operation(loss)
     outputs = sum(t.numel() for t in tensors_in(output) if t.requires_grad)
     facts = {x.name: _first_facts(task, recording, x, outputs) for x in task.layers}
     graphs = {

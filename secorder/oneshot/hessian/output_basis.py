@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..._torch.vjp import chunks, products_at_once, stacked_vjp
+from ..._torch.vjp import chunks, stacked_vjp
 from ...layers.basis import contract_basis
 from ...layers.dtypes import zeros
 from ...layers.layout import DIM_ZERO, Layout
@@ -38,7 +38,7 @@ def run(
 ) -> list[Tensor]:
     """The diagonal, by parameter; of ``limit`` products only, to see how long they last."""
     totals: list[Tensor] = zeros(graph.layer)
-    size = products_at_once(elements, graph.leaves[0], task.chunk_size)
+    size = task.products_at_once(elements, graph.leaves[0])
     for call, basis_size in enumerate(graph.sizes if limit is None else [min(limit, graph.sizes[0])]):
         for ids in chunks(basis_size, size):
             vectors = [leaf.new_zeros(()).expand(len(ids), *leaf.shape) for leaf in graph.leaves]

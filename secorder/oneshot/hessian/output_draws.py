@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..._torch.vjp import products_at_once, stacked_vjp
+from ..._torch.vjp import stacked_vjp
 from ...layers.contraction import contract
 from ...layers.dtypes import compute_dtype, zeros
 from ...layers.per_sample import PerSample, with_cotangents
@@ -59,7 +59,7 @@ def run(
     A few products tell what is easiest to estimate, and whether to take directions of each sample exactly first.
     ``exact`` is what columns gave, reduced: the generalised Gauss-Newton part, which may be an estimate; or nothing.
     """
-    size = products_at_once(elements, graph.leaves[0], task.chunk_size)
+    size = task.products_at_once(elements, graph.leaves[0])
     space = space_of(task, graph, graph.output_gradients, reduce, size)
     strategy, known = NAME, reduced(reduce, zeros(graph.layer))
     draw: Draw = space.draw

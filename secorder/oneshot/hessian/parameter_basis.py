@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..._torch.vjp import chunks, products_at_once, split_like, stacked_vjp
+from ..._torch.vjp import chunks, split_like, stacked_vjp
 from ...layers.dtypes import compute_dtype
 from ...layers.selection import Layer
 from ...results import Strategy
@@ -47,9 +47,7 @@ def run(
     kind = compute_dtype(layer)
     sizes = [s.numel() for s in replacements]
     diagonal = []
-    for ids in chunks(
-        min(sum(sizes), limit or sum(sizes)), products_at_once(elements, replacements[0], task.chunk_size)
-    ):
+    for ids in chunks(min(sum(sizes), limit or sum(sizes)), task.products_at_once(elements, replacements[0])):
         flat = replacements[0].new_zeros(len(ids), sum(sizes))
         flat[range(len(ids)), list(ids)] = 1
         vectors = split_like(flat, replacements)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ..._torch.vjp import products_at_once, stacked_vjp
+from ..._torch.vjp import stacked_vjp
 from ...errors import AttributionError
 from ...layers.dtypes import compute_dtype, zeros
 from ...layers.selection import Layer
@@ -58,5 +58,5 @@ def run(
         found = stacked_vjp(output_gradients, replacements, vectors)
         return reduce([(u * v).reshape(len(u), -1).to(kind) for u, v in zip(found, vectors, strict=True)])
 
-    size = products_at_once(elements, replacements[0], task.chunk_size)
+    size = task.products_at_once(elements, replacements[0])
     return average(draw, reduced(reduce, zeros(layer)), budget, size, advance, seconds=seconds)

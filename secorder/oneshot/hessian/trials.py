@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from ..._torch.vjp import default_chunk_size, products_at_once
+from ..._torch.vjp import default_chunk_size
 from ...layers.layout import DIM_ZERO
 from ...layers.selection import Layer
 from ...results import Strategy
@@ -255,7 +255,7 @@ class _DrawTrials:
             else:
                 elements = facts.output_elements + facts.numel
                 works[name] = partial(self._on_outputs, name, elements)
-            sizes[name] = products_at_once(elements, next(iter(layer.parameters.values())), self.task.chunk_size)
+            sizes[name] = self.task.products_at_once(elements, next(iter(layer.parameters.values())))
         return works, sizes
 
     def _on_outputs(self, name: str, elements: int, budget: Budget, seconds: float) -> list[Estimate]:
@@ -358,7 +358,7 @@ def _in_z(task: Measurement, graph: LayerGraph, facts: Facts) -> _Trial:
     def trial(count: int) -> None:
         output_basis.run(task, graph, facts.output_elements, _nothing, count)
 
-    size = products_at_once(facts.output_elements, graph.leaves[0], task.chunk_size)
+    size = task.products_at_once(facts.output_elements, graph.leaves[0])
     return trial, min(size, facts.outputs)
 
 
@@ -367,7 +367,7 @@ def _on_parameters(task: Measurement, layer: Layer, own: Sequence[Tensor | None]
         parameter_basis.run(task, layer, own, facts.parameter_elements, _nothing, count)
 
     like = task.isolated.replacements(layer)[0]
-    size = products_at_once(facts.parameter_elements, like, task.chunk_size)
+    size = task.products_at_once(facts.parameter_elements, like)
     return trial, min(size, facts.numel)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.hessian.investigate import Findings, facts, investigate, verify_samples
+from secorder.oneshot.measurement import Measurement
 from secorder.oneshot.recording import recorded
 
 from ...helpers import Fn, Net, Twice, data, make, measured
@@ -87,3 +88,19 @@ def test_gradients_to_be_differentiated_are_taken_where_products_are() -> None:
         return before, [g is None for g in found.graphs["0"].output_gradients]
 
     assert measured(work, make(), data()) == ([True], [False])
+
+
+@pytest.mark.parametrize(("steps", "together"), [(1, False), (64, True)])
+def test_products_through_many_short_operations_are_not_made_alone(steps: int, together: bool) -> None:
+    """The same numbers, in one operation or as the steps of a recurrent cell."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return torch.stack([m.a(part).tanh() for part in x.chunk(steps, 1)]).mean(0)
+
+    def work(task: Measurement) -> int:
+        facts(task)
+        return task.products_at_once(1 << 17, torch.zeros(1, dtype=torch.float64))
+
+    model, x = Net(forward, a=nn.Linear(256 // steps, 64 // steps)), torch.randn(512, 256)
+    at_once = measured(work, model, (x, torch.zeros(512, 64 // steps)), loss_fn=F.mse_loss)
+    assert (at_once > 1) == together
