@@ -8,6 +8,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..._torch.autocast import no_autocast
 from ..._torch.beginning import before_backward, wait_no_more, waits
-from ..._torch.graph import Node, current_node, is_builtin, nodes_behind, tells_recomputation
+from ..._torch.graph import Node, current_node, is_builtin, nodes_behind, shape_of, tells_recomputation
 from ..._torch.loss_graph import Place, UnknownNode, normalises
 from ..._torch.surroundings import inside_transform
 from ...layers.selection import Layer
@@ -66,6 +67,10 @@ _UNSEEN = (
 _THROUGH = (
     "it runs through {} (a custom function, a compiled one, a checkpoint, complex numbers, or what puts samples "
     "together in a way of its own)"
+)
+
+_UNMARKED = (
+    "it takes what the model has returned without a dimension that holds the samples, such as one tensor for each"
 )
 
 #: Of the first forwards, those that come behind one that is looked at, in the same backward, are looked at, too;
@@ -176,6 +181,8 @@ def _look(
     if fisher.returned is None:
         tell_scaler(fisher, roots)
         fisher.accumulation.see_division(roots, {node for places in met.values() for node, _ in places})
+    if any(own is None and prod(shape_of(*place)) > 1 for held in met.values() for place, own in held.items()):
+        fisher.troubles.unseen = _UNSEEN.format(_UNMARKED)
     loss = see(roots, met, joined=fisher.forwards == "joined")
     if loss is None:
         return

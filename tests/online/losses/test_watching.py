@@ -151,3 +151,24 @@ def test_where_samples_may_lie_elsewhere_the_loss_is_looked_at_where_they_are_ta
     assert came.exact is not bool(reason)
     assert all("pass sample_dim=0 or sample_dim=1" in told for told in (*came.refused.values(), *came.warned[:1]))
     assert all(reason in told for told in came.refused.values())
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_outputs_of_one_sample_each_that_a_loss_takes_are_not_seen_through(used: bool) -> None:
+    """Such as images' features: a loss that has all of them in each sample's couples these."""
+
+    def forward(m: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        h = torch.tanh(m.a(x)).cumsum(1)
+        return m.b(h.mean(1)), list(h)
+
+    model = Net(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+    with CurvatureProbe(model, reduction="mean") as probe:
+        for tokens in (4, 7):
+            logits, features = model(torch.randn(4, tokens, 4))
+            scale = torch.stack([own.mean() for own in features]).mean() if used else 1.0
+            (scale * logits).square().sum(1).mean().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            probe.fisher_diagonal(missing="skip")
+    said = [str(w.message) for w in caught]
+    assert ["one tensor for each" in message for message in said] == [True] * used
