@@ -89,7 +89,7 @@ _IN_ITS_PLACE = (
     "returned; if the whole training step is compiled (fullgraph=True), run every k-th step uncompiled."
 )
 _NEVER_CALLED = f"The model that the probe is attached to was not called: {_IN_ITS_PLACE}"
-_BY_OTHERS = f"Its parameters were trained all the same: {_IN_ITS_PLACE}"
+_BY_OTHERS = f"Its parameters got gradients, or other values, all the same. If they were trained: {_IN_ITS_PLACE}"
 
 
 class Troubles:
