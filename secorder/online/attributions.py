@@ -28,6 +28,9 @@ ONE_IN, REMEMBERED = 100, 256
 #: Batches without a gradient from which on a layer is taken for one that gets none.
 LONG_BLANK = 64
 
+#: Batches from which on a use that never got one is told by another at the same place: gates open in the first steps.
+SETTLED = 4
+
 _TRAINING = attrgetter("training")
 
 
@@ -138,7 +141,8 @@ class Attributions:
             as_specified = {place for place, reason in told.items() if callable(reduction) and not reason}
             unreduced = {place: reason for place, reason in told.items() if reason and place.module is None}
             found = replace(found, unreduced=unreduced, coupling=found.coupling - as_specified)
-        found = replace(found, carries=carries)
+        settled = found.repeated if self._batches.get(mode, 0) >= SETTLED else frozenset()
+        found = replace(found, carries=carries, untested=found.untested - settled)
         self._met.clear()
         known.pop(ranks, None)
         known[ranks] = found if before is None or found.undecided else merged(before, found)

@@ -767,3 +767,53 @@ def test_a_branch_that_opens_later_is_looked_at_until_it_does(router: type[nn.Li
     ]
     came = follow(model, batches, lambda m, b: F.cross_entropy(m(b[0], b[1]), b[2]), layer_types="all")
     assert came.exact, came
+
+
+class Opaque(torch.autograd.Function):
+    """A function that the graph does not tell of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+class Gated(nn.Module):
+    """One weight along both dimensions of a square, the second behind a gate, which is closed at first."""
+
+    def __init__(self, opens: bool) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+        self.gate = nn.Parameter(torch.zeros(())) if opens else torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = Opaque.apply(x.transpose(0, 1) @ self.w.T).transpose(0, 1)
+        found: Tensor = Opaque.apply(x @ self.w.T).tanh() + Opaque.apply(self.gate * other.tanh())
+        return found
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_gate_that_opens_shows_where_samples_are_behind_it(monkeypatch: pytest.MonkeyPatch, opens: bool) -> None:
+    looks, attribute = [], attributions.attribute
+
+    def counted(*args: Any, **options: Any) -> Any:
+        looks.append(None)
+        return attribute(*args, **options)
+
+    monkeypatch.setattr(attributions, "attribute", counted)
+    model = Net(lambda m, x: m.head(m.gated(x).mean(1)), gated=Gated(opens), head=nn.Linear(4, 3))
+
+    def step() -> None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0 if p.grad is None else 0.1 * p.grad
+
+    def loss(m: nn.Module, batch: Pair) -> Tensor:
+        return F.cross_entropy(m(batch[0]), batch[1])
+
+    came = follow(model, sequences(*[(5, 5)] * 12), loss, after=step, layer_types="all")
+    assert came.exact, came.refused
+    assert opens or len(looks) == 5  # the first four, and the eighth

@@ -39,6 +39,8 @@ class Attribution:
     reached: frozenset[str] = frozenset()  #: layers whose calls the model's output depends on
     #: layers that no gradient came to, though it might, so that zeros would do for samples anywhere: to be seen again
     untested: frozenset[str] = frozenset()
+    #: those of which another use at the same place got some: after a few batches it is taken to tell of these
+    repeated: frozenset[str] = frozenset()
     coupled: bool = False  #: whether samples influence one another in the model
     #: whether they do by batch normalisation, or by ranges of fake quantisation, alone; the rest is then known for
     #: fixed statistics

@@ -181,6 +181,7 @@ def _updated(found: Attribution, again: Attribution, names: set[str]) -> Attribu
         hidden=found.hidden | again.hidden,
         reached=found.reached - names | again.reached,
         untested=found.untested - names | again.untested,
+        repeated=found.repeated - names | again.repeated,
     )
 
 
@@ -353,6 +354,7 @@ def _concluded(
         unknown=frozenset(unknown | uses.unknown),
         reached=frozenset(reached),
         untested=frozenset(blank & verified.keys()),
+        repeated=frozenset(uses.repeated),
         routes=uses.routes,
         hidden=frozenset(uses.hidden),
         provisional=count == 1 or hypothesis.untested,

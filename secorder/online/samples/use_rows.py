@@ -43,6 +43,8 @@ class UseRows:
     hidden: set[str] = field(default_factory=set)  #: those of these whose operations a checkpoint hides
     reached: set[str] = field(default_factory=set)  #: layers that the model's output depends on
     blank: set[str] = field(default_factory=set)  #: layers of which a use got no gradient, though it might
+    #: those of them where another use at the same place got some
+    repeated: set[str] = field(default_factory=set)
 
 
 def rows_of_uses(
@@ -121,8 +123,10 @@ def _note(name: str, uses: Uses | None, evidence: Evidence, passed_by: bool, res
     result.known[name] = [call for node, call in told if node not in evidence.blank or (node, call) in blank]
     if any(use.node in evidence.moved for use in uses.uses):
         result.reached.add(name)
-    if blank:
+    if any(node in evidence.blank for node, _ in told):
         result.blank.add(name)
+        if not blank:
+            result.repeated.add(name)
 
 
 class _OneSample(Evidence):

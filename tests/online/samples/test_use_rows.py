@@ -61,12 +61,13 @@ def test_a_use_that_no_gradient_comes_to_is_told_by_another_at_the_same_place() 
 
     graph = ForwardGraph(forward(x), [[Layout(0)]], N, hooked=False)
     found = rows_of_uses({"": {"w": w}}, forward, x, Hypothesis((0,), N), graph, {}, routed=None)
-    assert not found.blank
+    assert found.blank == found.repeated == {""}
     assert {layout for layout, *_ in found.known[""]} == {Layout(0)}
     keep.zero_()
     graph = ForwardGraph(forward(x), [[Layout(0)]], N, hooked=False)
     found = rows_of_uses({"": {"w": w}}, forward, x, Hypothesis((0,), N), graph, {}, routed=None)
     assert found.blank == {""}
+    assert not found.repeated
 
 
 class Unknown(torch.autograd.Function):
