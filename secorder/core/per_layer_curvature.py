@@ -204,7 +204,7 @@ def _probe(
         if layers_to_measure(model, layer_types, layers, frozen=frozen):
             raise
     if next(model.parameters(), None) is not None:
-        if layer_types is None:
+        if layer_types is None and layers is None:
             caution('the model has no nn.Linear or nn.Conv2d, so that nothing is measured: pass layer_types="all".')
     elif isinstance(loss_fn, nn.Module) and next(loss_fn.parameters(), None) is not None:
         raise InvalidArgumentError("the model has no parameters, and loss_fn has: pass the model first, then the loss.")

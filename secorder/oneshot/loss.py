@@ -64,7 +64,11 @@ def explains_targets(inputs: Any, targets: Any) -> Iterator[None]:
         if targets is None and asked is None:
             advice = _advice(inputs) if isinstance(inputs, (tuple, list)) else "pass targets"
             raise InvalidArgumentError(f"the call failed without targets: {advice}. ({error})") from error
-        if not isinstance(asked, nn.Module) and targets is not None and next(tensors_in(targets), None) is None:
+        if (
+            not isinstance(asked, (nn.Module, Tensor))
+            and targets is not None
+            and next(tensors_in(targets), None) is None
+        ):
             raise InvalidTypeError(
                 f"the call failed with targets that hold no tensor, {shown(targets)}: pass torch.as_tensor(targets). "
                 f"({error})"

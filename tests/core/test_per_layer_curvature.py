@@ -112,3 +112,4 @@ def test_a_model_without_layers_of_the_default_types_is_told_of() -> None:
         warnings.simplefilter("error")
         assert per_layer_hessian_diagonal(model, nn.MSELoss(), *batch, layer_types=nn.Linear) == {}
         assert per_layer_hessian_diagonal(nn.Tanh(), nn.MSELoss(), *batch) == {}
+        assert per_layer_hessian_diagonal(nn.Sequential(nn.Linear(3, 3)), nn.MSELoss(), *batch, layers="!0") == {}

@@ -50,6 +50,14 @@ def test_a_loss_that_depends_on_no_parameter_is_refused() -> None:
         require_dependence(model, lambda f, t: F.cross_entropy(f.detach(), t), x, y)
 
 
+def test_what_a_loss_asks_of_a_tensor_is_not_said_to_be_for_targets_without_tensors() -> None:
+    model, (x, _) = make(), data()
+    with pytest.raises(AttributeError, match="has no attribute 'total'"):
+        per_layer_fisher_diagonal(model, lambda f, t: f.total(), x, ["a"] * len(x))
+    with pytest.raises(InvalidTypeError, match="hold no tensor"):
+        per_layer_fisher_diagonal(model, lambda f, t: f[:, t.long()].sum(), x, [0] * len(x))
+
+
 def of_three(model: nn.Module, f: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(model(f), t)
 
