@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder import AttributionError
+from secorder import AttributionError, CurvatureWarning
 from secorder._torch import onednn
 from secorder._torch.graph import tells_recomputation
 from secorder.layers.per_sample import Outer, PerSample
@@ -33,6 +35,16 @@ def random_states():
 before = random_states()
 known = set(sys.modules)
 """
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """The library warns of nothing inside; a filter that makes errors of warnings would not show it (see caution)."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        yield
+    if said := [str(one.message) for one in told if issubclass(one.category, CurvatureWarning)]:
+        pytest.fail(f"warned: {said}")
 
 
 class Fn(nn.Module):

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from secorder import CurvatureProbe, CurvatureWarning
 
+from .helpers import no_warnings
 from .reference import fisher_by_sample
 
 N, TOKENS, WORDS, WIDTH = 4, 5, 7, 3
@@ -65,8 +66,7 @@ def test_each_selection_is_exact_without_running_the_model_again(layers: Any, bi
 
     batches = [batch() for _ in range(3)]
     batches.append((batches[0][0][:2], batches[0][1][:2]))
-    with warnings.catch_warnings(), CurvatureProbe(model, layers=layers) as probe:
-        warnings.simplefilter("error", CurvatureWarning)
+    with no_warnings(), CurvatureProbe(model, layers=layers, sample_dim=0, reduction="mean") as probe:
         for index, (x, y) in enumerate(batches):
             if index == 3:
                 model.body.register_forward_hook(count)
@@ -80,8 +80,7 @@ def test_each_selection_is_exact_without_running_the_model_again(layers: Any, bi
 def test_a_use_outside_of_all_layers_is_followed_and_stays_exact() -> None:
     model, (x, y) = Decoder(penalty=True), batch()
     with CurvatureProbe(model, reduction="mean") as probe:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # nothing runs again
+        with no_warnings():  # nothing runs again
             language_loss(model(x), y).backward()
         found = probe.fisher_diagonal()
     for name, diagonal in expected(model, probe, [(x, y)]).items():
@@ -116,8 +115,7 @@ def test_a_holder_without_a_rule_and_a_row_that_all_samples_share() -> None:
     """As in the language models of transformers, which also return their loss, a scalar, with the logits."""
     model, (x, _) = WithHolder(), batch()
     with CurvatureProbe(model, layers=["embedding", "places", "head"], reduction="mean") as probe:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with no_warnings():
             model(x)["loss"].backward()
         found = probe.fisher_diagonal().by_parameter()
     expected = fisher_by_sample(model, lambda output, _: output["loss"], x, torch.zeros(N), N)

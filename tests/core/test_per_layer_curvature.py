@@ -1,7 +1,6 @@
 """The documented functions: importable as written, their examples run from the document's own text."""
 
 import re
-import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,8 @@ from secorder import (
     per_layer_fisher_diagonal,
     per_layer_hessian_diagonal,
 )
+
+from ..helpers import no_warnings
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "per_layer_curvature.rst"
 SHARED = Path(__file__).parents[3] / "shared" / "per_layer_curvature.rst"
@@ -108,8 +109,7 @@ def test_a_model_without_layers_of_the_default_types_is_told_of() -> None:
     model, batch = nn.Sequential(nn.LayerNorm(3)), (torch.randn(5, 3), torch.randn(5, 3))
     with pytest.warns(CurvatureWarning, match='has no nn.Linear or nn.Conv2d.*layer_types="all"'):
         assert per_layer_hessian_diagonal(model, nn.MSELoss(), *batch) == {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         assert per_layer_hessian_diagonal(model, nn.MSELoss(), *batch, layer_types=nn.Linear) == {}
         assert per_layer_hessian_diagonal(nn.Tanh(), nn.MSELoss(), *batch) == {}
         assert per_layer_hessian_diagonal(nn.Sequential(nn.Linear(3, 3)), nn.MSELoss(), *batch, layers="!0") == {}

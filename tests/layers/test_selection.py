@@ -1,6 +1,5 @@
 """Which layers are selected."""
 
-import warnings
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from secorder import (
     per_layer_hessian_diagonal,
 )
 
-from ..helpers import data, make, reference, step
+from ..helpers import data, make, no_warnings, reference, step
 from ..reference import assert_all_close
 
 
@@ -74,8 +73,7 @@ def test_default_types_that_leave_out_most_of_what_is_trained_are_told() -> None
     model[1].requires_grad_(False)
     with pytest.warns(CurvatureWarning, match="0 of 1 trained layers, 0%"):
         CurvatureProbe(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         CurvatureProbe(model, "all")
         CurvatureProbe(model, layers="1")
         CurvatureProbe(make())

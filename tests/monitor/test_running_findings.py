@@ -1,7 +1,5 @@
 """What stands out while a model trains, told once when it begins and once when it ends."""
 
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +8,7 @@ from secorder import CurvatureProbe, CurvatureRecorder, CurvatureWarning
 from secorder.monitor.running_findings import Change, Observation, RunningFindings
 from secorder.monitor.statistics import layer_statistics
 
-from ..helpers import Taking, make
+from ..helpers import Taking, make, no_warnings
 
 
 def seen(findings: RunningFindings, step: int, **numbers: dict[str, float]) -> list[tuple[str, str, bool]]:
@@ -100,8 +98,7 @@ def test_a_layer_that_dies_in_training_is_told_in_the_log_too() -> None:
     assert told == [(3, True), (5, False)]
     text = next(text for step, name, text in sink.texts if step == 3)
     assert "- [dead] 0: share of parameters with no gradient" in text
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         assert [finding for finding in recorder.findings if finding.kind == "dead"] == []
 
 

@@ -26,7 +26,7 @@ from secorder import (
     per_layer_hessian_diagonal,
 )
 
-from ..helpers import Net, data, make, mlp
+from ..helpers import Net, data, make, mlp, no_warnings
 from ..reference import assert_all_close, fisher_by_sample, ggn_by_sample, hessian_by_element
 
 N = 6
@@ -629,8 +629,7 @@ def test_auto_tells_once_what_it_estimated_on_both_doors() -> None:
     assert [w.filename for w in told] == [__file__]
     with CurvatureProbe(model) as probe, pytest.warns(CurvatureWarning, match=r'method="exact"'):
         probe.hessian_trace(F.cross_entropy, *batch, max_hvps=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         per_layer_hessian_diagonal(model, F.cross_entropy, *batch, max_hvps=100)  # by no time that it takes
         per_layer_hessian_diagonal(model, F.cross_entropy, *batch, method="hutchinson", num_draws=3)
 
@@ -663,8 +662,7 @@ def test_our_own_work_warns_of_nothing() -> None:
     model = Net(lambda m, x: m.b(Looped.apply(m.a(x))), a=nn.Linear(4, 5), b=nn.Linear(5, 3))
     x, y = data()
     ctc = lambda f, t: (f[:, 0] * t.double()).var(correction=0) * 0 + F.cross_entropy(f, t)  # noqa: E731
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         per_layer_hessian_diagonal(model, F.cross_entropy, x, y, method="exact")
         per_layer_fisher_diagonal(model, F.cross_entropy, x, y, fisher_type="type-2")
         with pytest.raises(CouplingError):

@@ -16,7 +16,7 @@ from secorder import AttributionError, CurvatureProbe, CurvatureWarning, ProbeSt
 from secorder._torch.compile import hooks_prevent_compiling
 from secorder._torch.graph import tells_recomputation
 
-from ..helpers import data, mlp, reference, seed
+from ..helpers import data, mlp, no_warnings, reference, seed
 from ..reference import assert_all_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -391,11 +391,9 @@ def test_exceptions_in_a_compiled_model_leave_the_compiler_as_it_was() -> None:
 def test_a_compiled_model_warns_of_nothing() -> None:
     batch = data()
     compiled = torch.compile(mlp(), backend="eager")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", CurvatureWarning)
-        with CurvatureProbe(compiled, every=2):
-            for _ in range(4):
-                F.cross_entropy(compiled(batch[0]), batch[1]).backward()
+    with no_warnings(), CurvatureProbe(compiled, every=2):
+        for _ in range(4):
+            F.cross_entropy(compiled(batch[0]), batch[1]).backward()
 
 
 #: Losses of outputs and targets.

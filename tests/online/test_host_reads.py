@@ -1,6 +1,5 @@
 """In a steady recorded step nothing is read on the host: what would stall an accelerator at each layer."""
 
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from secorder import CurvatureProbe, CurvatureWarning
+from secorder import CurvatureProbe
 from secorder.layers import one_by_one
 
-from ..helpers import in_sight_of_modes, mlp
+from ..helpers import in_sight_of_modes, mlp, no_warnings
 from ..reference import assert_all_close, assert_close, fisher_by_sample
 
 #: Operators whose result's value or shape the host waits for.
@@ -102,8 +101,7 @@ def test_a_steady_step_reads_nothing(
         for _ in range(3):
             step()
         monkeypatch.setattr(probe._attributions, "scheduled", lambda *_: False)  # a steady batch
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", CurvatureWarning)  # it is not left out
+        with no_warnings():  # it is not left out
             counts = step().counts
         assert counts == bare, counts
         expected = fisher_by_sample(model, F.cross_entropy, inputs, targets, 6)

@@ -13,7 +13,7 @@ from secorder.online.attributions import Attributions
 from secorder.online.opening import open_record
 from secorder.online.reading import unreadable
 
-from ..helpers import Net, data, mlp, reference, step
+from ..helpers import Net, data, mlp, no_warnings, reference, step
 from ..reference import assert_all_close
 
 
@@ -88,8 +88,7 @@ def saliency(model: nn.Module) -> None:
 def test_a_forward_of_which_nothing_is_known_does_no_harm_without_a_backward(other: Any, *, first: bool) -> None:
     model = mlp()
     batches = [data(), data(3), data(7)]
-    with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with CurvatureProbe(model, reduction="mean") as probe, no_warnings():
         expected: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             if first or index:

@@ -16,7 +16,15 @@ from secorder import AttributionError, CurvatureProbe
 from secorder._torch.graph import tells_recomputation
 from secorder.online import operations
 
-from ..helpers import Shared, data, reference, refused_where_nothing_tells, run_again_where_nothing_tells, step
+from ..helpers import (
+    Shared,
+    data,
+    no_warnings,
+    reference,
+    refused_where_nothing_tells,
+    run_again_where_nothing_tells,
+    step,
+)
 from ..reference import assert_all_close, fisher_by_sample
 
 
@@ -52,8 +60,7 @@ def measured(probe: CurvatureProbe) -> dict[str, bool]:
 @run_again_where_nothing_tells
 def test_a_row_that_all_samples_share_costs_no_run_of_its_own() -> None:
     model, examples = Shared(), data()
-    with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with CurvatureProbe(model, reduction="mean") as probe, no_warnings():
         step(model, examples)
         assert measured(probe) == {"shift": True}
         assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, examples))
@@ -250,8 +257,7 @@ class Tied(nn.Module):
 @refused_where_nothing_tells
 def test_a_table_that_is_used_twice_for_a_loss_alone_costs_no_run_of_its_own() -> None:
     model = Tied()
-    with CurvatureProbe(model, "all", reduction="mean") as probe, warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with CurvatureProbe(model, "all", reduction="mean") as probe, no_warnings():
         ids = torch.randint(5, (6, 8))
         model(ids).backward()
         found = probe.fisher_diagonal().by_parameter()
