@@ -77,6 +77,7 @@ def test_rows_that_are_no_samples_have_no_layout() -> None:
 @pytest.mark.parametrize("way", ["fisher", "output-basis"])
 def test_of_some_products_nothing_is_left_when_there_are_the_next(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("secorder.oneshot.hessian.investigate.find_chain", lambda *_: None)
+    monkeypatch.setattr("secorder.oneshot.hessian.decision.matters", lambda *_: False)  # by no time that it takes
     model = nn.Sequential(nn.Linear(1, 24), nn.Tanh(), nn.Linear(24, 24))
     batch = torch.randn(32, 1), torch.randn(32, 24)
 
