@@ -596,6 +596,30 @@ def test_outputs_that_are_one_sample_each_have_as_many_rows_as_there_are_samples
     assert came.exact or coupled
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside rows"])
+@pytest.mark.parametrize("cut", [0, 1, 3])
+@pytest.mark.parametrize("sizes", [[(3, 5), (4, 5), (3, 6)], [(5, 6), (5, 6)], [(3, 4), (2, 4)]])
+def test_positions_of_outputs_that_are_one_sample_each_are_not_taken_for_samples(
+    sizes: list[tuple[int, int]], cut: int, beside: bool
+) -> None:
+    """Of sequences of which some are cut, most outputs, or all, have as many rows as there are positions."""
+
+    def forward(m: Any, x: Tensor, lengths: list[int]) -> Any:
+        z = torch.tanh(m.a(x))
+        own = [one[:length] for one, length in zip(z, lengths, strict=True)]
+        return (m.b(z.mean(1)), own) if beside else [m.b(one) for one in own]
+
+    def loss(m: nn.Module, batch: Pair) -> Tensor:
+        x, labels = batch
+        out = m(x, [x.shape[1] - cut * (label == 0) for label in labels.tolist()])
+        rows = torch.stack([one.mean(0) for one in (out[1] if beside else out)])
+        return F.cross_entropy(out[0], labels) + rows.square().mean() if beside else F.cross_entropy(rows, labels)
+
+    came = follow(two_layers(forward), sequences(*sizes), loss)
+    assert came.refused.keys() == (set() if beside else {"a", "b"})
+    assert came.exact or not beside
+
+
 def gpt(**options: Any) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=13, n_positions=12, resid_pdrop=0.0,

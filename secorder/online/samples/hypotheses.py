@@ -65,6 +65,8 @@ class Separation(NamedTuple):
     layouts: list[list[Layout]]  #: of each output, where the samples may be in it
     changed: bool  #: whether anything changed: where nothing did, this is no evidence
     accepted: bool = True  #: whether the model accepted what was changed
+    #: whether an output of several numbers, in which no samples may be, goes by more than one of them
+    beside: bool = False
 
 
 def check_sample_dim(sample_dim: SampleDim) -> None:
@@ -195,6 +197,8 @@ def separates(
             return None
         for index, (before, after) in enumerate(zip(base, changed, strict=True)):
             if not layouts[index]:
+                if _moved(before, after):
+                    owners[index] = owners[index] & mask
                 continue
             if before.shape != after.shape:
                 return None
@@ -210,7 +214,32 @@ def separates(
     of_one = [
         bool(o) or not every or _is_one(own, masks) for o, every, own in zip(options, layouts, owners, strict=True)
     ]
-    return Separation(options, changed=changes) if any(options) and all(of_one) else None
+    if not any(options) or not all(of_one):
+        return None
+    without = [own for own, every in zip(owners, layouts, strict=True) if not every and not own.all()]
+    return Separation(options, changed=changes, beside=not all(_is_one(own, masks) for own in without))
+
+
+def one_each(
+    forward: Forward, arguments: Any, base: Sequence[Tensor], hypothesis: Hypothesis, masks: Sequence[Tensor]
+) -> bool:
+    """Whether each output of several numbers is one sample's, such as an entry of a list; masks as above."""
+    owners = [torch.ones(hypothesis.num_samples, dtype=torch.bool) for _ in base]
+    for mask in masks:
+        try:
+            with torch.no_grad():
+                changed = floating(run_changed(forward, arguments, hypothesis, mask))
+        except Exception:  # inputs that the model does not accept tell nothing
+            return False
+        for own, before, after in zip(owners, base, changed, strict=False):
+            if _moved(before, after):
+                own &= mask
+    return all(_is_one(own, masks) for own, f in zip(owners, base, strict=True) if f.numel() > 1)
+
+
+def _moved(before: Tensor, after: Tensor) -> bool:
+    """Whether an output of several numbers has changed."""
+    return before.numel() > 1 and (before.shape != after.shape or bool(changed_entries(before.detach(), after).any()))
 
 
 def _is_one(owners: Tensor, masks: Sequence[Tensor]) -> bool:

@@ -30,6 +30,7 @@ from .hypotheses import (
     from_names,
     hypotheses,
     of_owned,
+    one_each,
     separates,
     shapes_of,
 )
@@ -149,6 +150,8 @@ def _try_each(
                     found = separates(forward, asked.arguments, evaluated, hypothesis, masks)
             listed = hypothesis.owned is not None and hypothesis.owned.grouping.place is None
             certain = usual and (asked.sample_dim is not None or (len(tried) == 1 and not listed))
+            if found is not None and not usual and hypothesis.owned is None and asked.sample_dim is None:
+                found = None if found.beside or _each_is_of_one(asked, forward, base, tried[0]) else found
             if found is not None and (found.changed or certain):
                 holding.append((hypothesis, found.layouts))
             elif usual:
@@ -156,6 +159,14 @@ def _try_each(
         if holding and asked.sample_dim is not None:
             break
     return holding, without_evidence
+
+
+def _each_is_of_one(asked: Question, forward: Any, base: Sequence[Tensor], usual: Hypothesis) -> bool:
+    """Whether outputs that hold no samples in a dimension are one sample's each, as the usual hypothesis has them."""
+    count = usual.num_samples
+    if count == 1 or len(base) < count or any(any_layout(f, count) for f in base):
+        return False
+    return one_each(forward, asked.arguments, base, usual, asked.masks(count))
 
 
 def _of_one_sample(
