@@ -6,6 +6,7 @@ Integer arguments (offsets, lengths, edges, token ids) are structure and are nev
 else, the rows that it looks up are.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from inspect import signature
 from typing import Any, Literal, NamedTuple
@@ -187,7 +188,9 @@ def separates(
     options, changes, base = list(layouts), False, [f.detach() for f in base]
     bounds = [rounding_in(f) for f in base]
     owners = [torch.ones(hypothesis.num_samples, dtype=torch.bool) for _ in base]  # that may own all of an output
-    for mask in masks:
+    waiting, masks, refuted = deque(masks), [], False
+    while waiting:
+        masks.append(mask := waiting.popleft())
         try:
             with torch.no_grad():
                 changed = floating(run_changed(forward, arguments, hypothesis, mask))
@@ -211,6 +214,9 @@ def separates(
             options[index] = [o for o in options[index] if o in still]
             if not options[index] and not owners[index].any():
                 return None
+            if not options[index] and not refuted:  # unless one sample owns it: what all move, the others move, too
+                refuted = True
+                waiting.appendleft(~mask)
     of_one = [
         bool(o) or not every or _is_one(own, masks) for o, every, own in zip(options, layouts, owners, strict=True)
     ]

@@ -6,7 +6,16 @@ from torch import nn
 
 from secorder import InvalidArgumentError
 from secorder.layers.layout import Layout
-from secorder.online.samples.hypotheses import any_layout, check_sample_dim, from_names, hypotheses, shapes_of
+from secorder.oneshot.independence import separating_masks
+from secorder.online.samples.hypotheses import (
+    Hypothesis,
+    any_layout,
+    check_sample_dim,
+    from_names,
+    hypotheses,
+    separates,
+    shapes_of,
+)
 
 
 @pytest.mark.parametrize("wrong", [-1, True, 1.0, {"x": -1}, {"x": "0"}])
@@ -39,3 +48,17 @@ def test_layouts_and_shapes() -> None:
     assert any_layout(torch.zeros(6, 4), 6) == [Layout(0)]
     assert set(any_layout(torch.zeros(12, 6), 6)) == {Layout(1), Layout(0, 2, True), Layout(0, 2, False)}
     assert shapes_of(((torch.zeros(2, 3),), {"y": [torch.zeros(4)]})) == ((2, 3), (4,))
+
+
+def test_samples_that_all_influence_one_another_are_given_up_after_two_passes() -> None:
+    passes = 0
+
+    def forward(arguments: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        return arguments[0].cumsum(0) + arguments[0].sum()
+
+    x, masks = torch.randn(16, 4), list(separating_masks(16))
+    assert len(masks) > 2
+    assert separates(forward, (x,), [forward((x,))], Hypothesis((0,), 16), masks) is None
+    assert passes - 1 == 2
