@@ -592,8 +592,9 @@ def test_outputs_that_are_one_sample_each_have_as_many_rows_as_there_are_samples
 
     sizes = [(4, 4), (3, 4), (2, 4), (4, 4), (4, 2), (3, 3), (2, 2), (4, 8)]
     came = follow(two_layers(forward), sequences(*sizes), loss)
-    assert came.refused.keys() == ({"a", "b"} if coupled else set())
-    assert came.exact or coupled
+    refused = coupled or not tells_recomputation()
+    assert came.refused.keys() == ({"a", "b"} if refused else set())
+    assert came.exact or refused
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside rows"])
@@ -616,8 +617,9 @@ def test_positions_of_outputs_that_are_one_sample_each_are_not_taken_for_samples
         return F.cross_entropy(out[0], labels) + rows.square().mean() if beside else F.cross_entropy(rows, labels)
 
     came = follow(two_layers(forward), sequences(*sizes), loss)
-    assert came.refused.keys() == (set() if beside else {"a", "b"})
-    assert came.exact or not beside
+    if tells_recomputation():  # else more is refused, or left out
+        assert came.refused.keys() == (set() if beside else {"a", "b"})
+        assert came.exact or not beside
 
 
 def gpt(**options: Any) -> nn.Module:
@@ -840,4 +842,4 @@ def test_a_gate_that_opens_shows_where_samples_are_behind_it(monkeypatch: pytest
 
     came = follow(model, sequences(*[(5, 5)] * 12), loss, after=step, layer_types="all")
     assert came.exact, came.refused
-    assert opens or len(looks) == 5  # the first four, and the eighth
+    assert opens or not tells_recomputation() or len(looks) == 5  # the first four, and the eighth

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..._arguments import shown
+from ..._torch.graph import tells_recomputation
 from ..._torch.pytree import map_tensors, tensors_in
 from ...errors import InvalidArgumentError
 from ...layers.layout import Layout, layouts_of
@@ -212,7 +213,7 @@ def separates(
                 owners[index] = owners[index] & mask
             still = [o for o, m in zip(layouts[index], moved, strict=True) if not bool(m[kept].any())]
             options[index] = [o for o in options[index] if o in still]
-            if not options[index] and not owners[index].any():
+            if not options[index] and not (owners[index].any() and tells_recomputation()):  # or rows are not followed
                 return None
             if not options[index] and not refuted:  # unless one sample owns it: what all move, the others move, too
                 refuted = True

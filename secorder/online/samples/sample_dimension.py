@@ -162,9 +162,9 @@ def _try_each(
 
 
 def _each_is_of_one(asked: Question, forward: Any, base: Sequence[Tensor], usual: Hypothesis) -> bool:
-    """Whether outputs that hold no samples in a dimension are one sample's each, as the usual hypothesis has them."""
+    """Whether outputs are one sample's each, as the usual hypothesis has these: then no dimension of them holds any."""
     count = usual.num_samples
-    if count == 1 or len(base) < count or any(any_layout(f, count) for f in base):
+    if count == 1 or len(base) < count:
         return False
     return one_each(forward, asked.arguments, base, usual, asked.masks(count))
 
