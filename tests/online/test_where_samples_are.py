@@ -16,7 +16,7 @@ from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder._torch.graph import tells_recomputation
 from secorder.online import attributions
 
-from ..helpers import Doubled, Net, refused_where_nothing_tells
+from ..helpers import Doubled, Net, Opaque, refused_where_nothing_tells
 from ..reference import assert_all_close, fisher_by_sample
 from .loops import follow, rows
 
@@ -793,18 +793,6 @@ def test_a_branch_that_opens_later_is_looked_at_until_it_does(router: type[nn.Li
     ]
     came = follow(model, batches, lambda m, b: F.cross_entropy(m(b[0], b[1]), b[2]), layer_types="all")
     assert came.exact, came
-
-
-class Opaque(torch.autograd.Function):
-    """A function that the graph does not tell of."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
 
 
 class Gated(nn.Module):

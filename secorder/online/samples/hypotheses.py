@@ -192,10 +192,8 @@ def separates(
     waiting, masks, refuted = deque(masks), [], False
     while waiting:
         masks.append(mask := waiting.popleft())
-        try:
-            with torch.no_grad():
-                changed = floating(run_changed(forward, arguments, hypothesis, mask))
-        except Exception:  # inputs that the model does not accept tell nothing
+        changed = _outputs_changed(forward, arguments, hypothesis, mask)
+        if changed is None:
             return Separation(layouts, changed=False, accepted=False)
         if len(changed) != len(base):
             return None
@@ -213,9 +211,11 @@ def separates(
                 owners[index] = owners[index] & mask
             still = [o for o, m in zip(layouts[index], moved, strict=True) if not bool(m[kept].any())]
             options[index] = [o for o in options[index] if o in still]
-            if not options[index] and not (owners[index].any() and tells_recomputation()):  # or rows are not followed
+            if options[index]:
+                continue
+            if not (owners[index].any() and tells_recomputation()):  # or rows are not followed
                 return None
-            if not options[index] and not refuted:  # unless one sample owns it: what all move, the others move, too
+            if not refuted:  # unless one sample owns it: what all move, the others move, too
                 refuted = True
                 waiting.appendleft(~mask)
     of_one = [
@@ -233,15 +233,22 @@ def one_each(
     """Whether each output of several numbers is one sample's, such as an entry of a list; masks as above."""
     owners = [torch.ones(hypothesis.num_samples, dtype=torch.bool) for _ in base]
     for mask in masks:
-        try:
-            with torch.no_grad():
-                changed = floating(run_changed(forward, arguments, hypothesis, mask))
-        except Exception:  # inputs that the model does not accept tell nothing
+        changed = _outputs_changed(forward, arguments, hypothesis, mask)
+        if changed is None or len(changed) != len(base):
             return False
-        for own, before, after in zip(owners, base, changed, strict=False):
+        for own, before, after in zip(owners, base, changed, strict=True):
             if _moved(before, after):
                 own &= mask
     return all(_is_one(own, masks) for own, f in zip(owners, base, strict=True) if f.numel() > 1)
+
+
+def _outputs_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: Tensor) -> list[Tensor] | None:
+    """The outputs where the samples of a mask are changed; inputs that the model does not accept tell nothing: None."""
+    try:
+        with torch.no_grad():
+            return floating(run_changed(forward, arguments, hypothesis, mask))
+    except Exception:
+        return None
 
 
 def _moved(before: Tensor, after: Tensor) -> bool:

@@ -111,7 +111,9 @@ def _by_cotangents(asked: Sequence[tuple[RecordedLayer, list[list[Layout]]]], gr
     options: list[list[list[Layout]]] = [[[]] for _ in layers]
     for number in dict.fromkeys((weight_draws(leaves), DRAWS)):  # by powers of two where rounding hides it
         unsettled = [i for i, (o, c) in enumerate(zip(options, candidates, strict=True)) if all(c) and not all(o)]
-        draws = [(weights, pull_back(weighted)) for weights, weighted in cotangents.weighted(number * bool(unsettled))]
+        if not unsettled:
+            break
+        draws = [(weights, pull_back(weighted)) for weights, weighted in cotangents.weighted(number)]
         for i in unsettled:
             options[i] = _that_scale(layers[i], candidates[i], plain, draws)
     known, unknown, reached = _none_yet()

@@ -11,7 +11,7 @@ from secorder.online.samples.forward_graph import ForwardGraph
 from secorder.online.samples.hypotheses import Hypothesis
 from secorder.online.samples.use_rows import rows_of_uses
 
-from ...helpers import run_again_where_nothing_tells
+from ...helpers import Opaque, run_again_where_nothing_tells
 
 N, T = 4, 3
 
@@ -56,7 +56,7 @@ def test_a_use_that_no_gradient_comes_to_is_told_by_another_at_the_same_place() 
     def forward(x: Tensor) -> Tensor:
         h = x[:, 0]
         for t in range(T):
-            h = Unknown.apply(keep[t] * (h * v + w)) + x[:, t]
+            h = Opaque.apply(keep[t] * (h * v + w)) + x[:, t]
         return h
 
     graph = ForwardGraph(forward(x), [[Layout(0)]], N, hooked=False)
@@ -68,15 +68,3 @@ def test_a_use_that_no_gradient_comes_to_is_told_by_another_at_the_same_place() 
     found = rows_of_uses({"": {"w": w}}, forward, x, Hypothesis((0,), N), graph, {}, routed=None)
     assert found.blank == {""}
     assert not found.repeated
-
-
-class Unknown(torch.autograd.Function):
-    """A function that the graph does not tell of."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
