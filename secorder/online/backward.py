@@ -132,7 +132,7 @@ class EntersUnrecorded:
 
 def _tell_accumulation(fisher: OnlineFisher) -> None:
     """A backward begins: mark all layers where it adds to gradients of a loss that was divided, with no scale given."""
-    if fisher.returned is None and (reason := fisher.accumulation.begins(fisher.layers)):
+    if reason := fisher.accumulation.begins(fisher.layers):
         fisher.troubles.mark(fisher.sums, reason)
 
 

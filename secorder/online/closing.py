@@ -142,7 +142,7 @@ def close(fisher: OnlineFisher, backward: Backward) -> None:
             fisher.troubles.mark(failed, fisher.troubles.outside(failed[0]))
     if fisher.accumulation.scale == 1.0:
         fisher.accumulation.left = None
-    elif fisher.returned is None:
+    else:
         fisher.accumulation.ended(fisher.layers, records)
     backward.records.clear()  # which refer to it
 

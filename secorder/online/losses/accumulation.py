@@ -25,7 +25,7 @@ TOLERANCE = 1e-2
 
 _REASON = (
     "the loss is multiplied by {0} before backward, gradients of several backward passes are added up, and loss_scale= "
-    "is not specified: pass loss_scale={0} where that makes a mean of all of these, or loss_scale=1 where it is a part "
+    "does not say so: pass loss_scale={0} where that makes a mean of all of these, or loss_scale=1 where it is a part "
     "of the loss."
 )
 

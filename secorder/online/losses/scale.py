@@ -35,7 +35,7 @@ def watch_scale(fisher: OnlineFisher, record: ForwardRecord, output: Any) -> Non
 
     Of a verification batch, with several samples: of one sample, a scalar may be anything.
     """
-    if fisher.returned is not None or record.num_samples < 2 or callable(fisher.reduction):
+    if fisher.returned is not None or record.num_samples < 2 or record.weights is not None:
         return
     ends = [t for t in tensors_in(output) if t.grad_fn is not None]
     losses = [t for t in ends if not t.dim()]
@@ -83,6 +83,6 @@ def tell_scaler(fisher: OnlineFisher, roots: Iterable[Place]) -> None:
     if any(multiplied_by_scaler(node) for node, _ in roots):
         fisher.troubles.mark(
             fisher.sums,
-            "a GradScaler multiplies the loss before backward, and loss_scale= is not specified: pass the scaler as "
+            "a GradScaler multiplies the loss before backward, and loss_scale= does not say so: pass the scaler as "
             "loss_scale=.",
         )

@@ -19,6 +19,7 @@ from ..._torch.autocast import no_autocast
 from ..._torch.beginning import before_backward, wait_no_more, waits
 from ..._torch.graph import Node, current_node, is_builtin, nodes_behind, shape_of, tells_recomputation
 from ..._torch.loss_graph import Place, UnknownNode, normalises
+from ..._torch.pytree import tensors_in
 from ..._torch.surroundings import inside_transform
 from ...layers.selection import Layer
 from ..changed_gradients import watch_gradients
@@ -90,6 +91,8 @@ def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -
     # Of layers that lie in parts, operations of the loss, too, may speak with other ranks.
     looks = record.scheduled and tells_recomputation() and not any(layer.split for layer in fisher.layers)
     if looks and mark_outputs(attachment, record, output, () if found.provisional else found.outputs):
+        no_loss = all(t.dim() for t in tensors_in(output))
+        record.scale_told = fisher.returned is not None and not (fisher.returned and no_loss)
         before_backward(record, partial(_begins, ref(attachment)), attachment)
         attachment.watched = ref(record)
 
@@ -161,7 +164,7 @@ def _look_or_say(
         roots = roots_of(ends, gradients)
         met = outputs_behind([node for node, _ in roots], attachment)
         if id(record) in met:
-            _look(attachment, roots, met)
+            _look(attachment, record, roots, met)
     except Exception as error:
         if fisher.troubles.strict:
             raise
@@ -174,11 +177,14 @@ def _look_or_say(
 
 
 def _look(
-    attachment: "Attachment", roots: Mapping[Place, Tensor], met: Mapping[int, Mapping[Place, Output | None]]
+    attachment: "Attachment",
+    record: ForwardRecord,
+    roots: Mapping[Place, Tensor],
+    met: Mapping[int, Mapping[Place, Output | None]],
 ) -> None:
     """Mark layers whose samples a loss couples, or weights otherwise than told, and see what it is multiplied by."""
     fisher = attachment.fisher
-    if fisher.returned is None:
+    if not record.scale_told:
         tell_scaler(fisher, roots)
         fisher.accumulation.see_division(roots, {node for places in met.values() for node, _ in places})
     if any(own is None and prod(shape_of(*place)) > 1 for held in met.values() for place, own in held.items()):
@@ -197,7 +203,7 @@ def _look(
     if not coupled:
         try:
             with no_autocast():
-                reason = _otherwise(fisher, loss)
+                reason = _otherwise(fisher, record, loss)
         except UnknownNode as unknown:
             fisher.troubles.unseen = _UNSEEN.format(_THROUGH.format(unknown))
             return
@@ -228,16 +234,18 @@ def _seen(fisher: OnlineFisher, loss: SeenLoss, *ways: Callable[[SeenLoss], list
     return []
 
 
-def _otherwise(fisher: OnlineFisher, loss: SeenLoss) -> str:
+def _otherwise(fisher: OnlineFisher, record: ForwardRecord, loss: SeenLoss) -> str:
     """Why a loss is not the mean or sum over the samples that it is told, or assumed, to be; else empty."""
     told = fisher.reduction
     if callable(told):
-        return ""
+        if record.weights is not None or len(loss.groups) > 1:
+            return ""
+        told = "mean"
     if len(loss.groups) > 1:
-        untold = fisher.returned is None and (fisher.forwards is not None or len(set(loss.groups.values())) > 1)
+        untold = not record.scale_told and (fisher.forwards is not None or len(set(loss.groups.values())) > 1)
         return reduced_over_several(loss, told) if untold else ""
     (count,) = loss.groups.values()
-    if (reason := weights_of_loss(loss, count)) or fisher.returned is not None:
+    if (reason := weights_of_loss(loss, count)) or record.scale_told:
         return reason
     paths = paths_of(loss, count, told)
     fisher.accumulation.see_share(paths, told, count)

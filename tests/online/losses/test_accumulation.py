@@ -64,6 +64,15 @@ def test_a_loss_that_is_divided_without_being_told_is_refused(kind: str) -> None
         probe.fisher_diagonal()
 
 
+@pytest.mark.parametrize("kind", ["divided", "a mean of sums"])
+@pytest.mark.parametrize("told", [{"loss_scale": "returned"}, {"reduction": lambda x: None}], ids=["returned", "mean"])
+def test_it_is_refused_where_what_is_told_tells_nothing_of_it(kind: str, told: dict[str, object]) -> None:
+    """The scale of a loss that the model returns, which it does not; that a batch's loss is a mean."""
+    _, probe = accumulate(DIVIDED[kind], **told)
+    with pytest.raises(AttributionError, match="loss_scale=1/4"):
+        probe.fisher_diagonal()
+
+
 @pytest.mark.parametrize(("every", "size"), [(4, 6), (3, 6), (1, 1)], ids=["first of each", "some", "of one sample"])
 def test_it_is_seen_where_not_each_batch_is_recorded_and_of_single_samples(every: int, size: int) -> None:
     _, probe = accumulate(DIVIDED["divided"], every=every, size=size, sample_dim=0)

@@ -48,8 +48,8 @@ OF_SAMPLES: dict[str, Criterion] = {
 
 
 @pytest.mark.parametrize("name", OF_SAMPLES)
-@pytest.mark.parametrize(("kind", "told"), [("sum", "mean"), ("mean", "sum")])
-def test_a_sum_is_no_mean_and_a_mean_no_sum(name: str, kind: str, told: str) -> None:
+@pytest.mark.parametrize(("kind", "told"), [("sum", "mean"), ("sum", lambda x: None), ("mean", "sum")])
+def test_a_sum_is_no_mean_and_a_mean_no_sum(name: str, kind: str, told: Any) -> None:
     def loss(m: nn.Module, b: Any) -> Tensor:
         return getattr(OF_SAMPLES[name](m(b[0]), b[1]), kind)()
 

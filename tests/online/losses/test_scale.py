@@ -35,10 +35,11 @@ def train(net: nn.Module, scale: float) -> None:
         (net(x, y)["loss"] * scale).backward()
 
 
-def test_a_scale_of_which_nothing_is_told_is_refused() -> None:
+@pytest.mark.parametrize("reduction", ["mean", lambda x, y: None], ids=["mean", "a function"])
+def test_a_scale_of_which_nothing_is_told_is_refused(reduction: Any) -> None:
     """Gradients of four micro-batches, as many public loops accumulate them."""
     net = model()
-    with CurvatureProbe(net, reduction="mean") as probe:
+    with CurvatureProbe(net, reduction=reduction) as probe:
         with pytest.warns(UserWarning, match='multiplied by 1/4 .*pass loss_scale="returned"'):
             train(net, 1 / 4)
         with pytest.raises(AttributionError, match="or loss_scale=1 where it is"):
@@ -72,11 +73,13 @@ def test_a_factor_that_is_no_scale_is_none_of_its_business(kind: str) -> None:
 
 
 @pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
-def test_a_scaler_that_nothing_is_told_of_is_told_of() -> None:
+@pytest.mark.parametrize("untold", [None, "returned"])
+def test_a_scaler_that_nothing_is_told_of_is_told_of(untold: Any) -> None:
+    """A model that returns no loss tells nothing of the scale of one."""
     net, batch = mlp(), data()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     with (
-        CurvatureProbe(net, reduction="mean") as probe,
+        CurvatureProbe(net, reduction="mean", loss_scale=untold) as probe,
         CurvatureProbe(net, loss_scale=scaler, reduction="mean") as told,
     ):
         with pytest.warns(CurvatureWarning, match="a GradScaler multiplies the loss"):
