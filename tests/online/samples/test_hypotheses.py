@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from secorder import InvalidArgumentError
+from secorder._torch.graph import tells_recomputation
 from secorder.layers.layout import Layout
 from secorder.oneshot.independence import separating_masks
 from secorder.online.samples.hypotheses import (
@@ -61,4 +62,4 @@ def test_samples_that_all_influence_one_another_are_given_up_after_two_passes() 
     x, masks = torch.randn(16, 4), list(separating_masks(16))
     assert len(masks) > 2
     assert separates(forward, (x,), [forward((x,))], Hypothesis((0,), 16), masks) is None
-    assert passes - 1 == 2
+    assert passes - 1 == (2 if tells_recomputation() else 1)
