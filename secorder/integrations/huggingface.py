@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from ..layers.selection import LayerTypes
 from ..monitor.recorder import CurvatureRecorder
 from ..online.losses.reduction import Reduction, token_weights
 from ..probe import CurvatureProbe
-from .options import divided, try_options
+from .options import divided, told_apart, try_options
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,9 +26,6 @@ except ImportError as error:
     ) from error
 
 __all__ = ["CurvatureCallback"]
-
-#: What the first rank writes into checkpoints.
-_FILE = "curvature.pt"
 
 #: What is said where the model does not see the labels.
 _OUTSIDE = (
@@ -141,7 +139,7 @@ class CurvatureCallback(TrainerCallback, ExportableState):
         if self.probe is None or self.recorder is None or not folder.is_dir():
             return
         saved = {"probe": self.probe.state_dict(), "recorder": self.recorder.state_dict()}
-        torch.save(saved, folder / _file(args))
+        torch.save(saved, folder / self._file(args.process_index))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -160,7 +158,7 @@ class CurvatureCallback(TrainerCallback, ExportableState):
         told = args.resume_from_checkpoint
         folders = [*([Path(told)] if isinstance(told, str) else []), _checkpoint(args, state)]
         for folder in folders:
-            there = [file for file in (folder / _file(args), folder / _FILE) if file.is_file()]
+            there = [file for rank in (args.process_index, 0) if (file := folder / self._file(rank)).is_file()]
             for file in there[:1]:  # the first rank's, where there were fewer ranks
                 saved = torch.load(file, weights_only=True)
                 probe.load_state_dict(saved["probe"])
@@ -168,8 +166,14 @@ class CurvatureCallback(TrainerCallback, ExportableState):
                 return
         caution(
             f"the curvature of the steps before {state.global_step} is not in what is resumed from: there is no "
-            f"{_file(args)} in {folders[0]}. It is accumulated anew."
+            f"{self._file(args.process_index)} in {folders[0]}. It is accumulated anew."
         )
+
+    def _file(self, rank: int) -> str:
+        """What a rank writes into checkpoints, beside what other callbacks do."""
+        told = told_apart(self._probe_arguments)
+        parts = ["curvature", f"{crc32(told.encode()):08x}" if told else "", str(rank or "")]
+        return "-".join(filter(None, parts)) + ".pt"
 
     def state(self) -> dict[str, Any]:
         """The arguments that JSON can hold, for the trainer's own state; numbers are beside it in the checkpoint."""
@@ -178,10 +182,6 @@ class CurvatureCallback(TrainerCallback, ExportableState):
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
-
-
-def _file(args: TrainingArguments) -> str:
-    return _FILE if args.process_index == 0 else f"curvature-{args.process_index}.pt"
 
 
 def _is_json(value: Any) -> bool:

@@ -18,7 +18,7 @@ from ..parallel.fsdp import whole
 from ..parallel.spread import is_distributed
 from ..probe import CurvatureProbe
 from .called import Called
-from .options import divided, submodule, try_options
+from .options import divided, submodule, told_apart, try_options
 
 try:
     import lightning.pytorch as pl
@@ -216,10 +216,7 @@ class CurvatureCallback(pl.Callback):
     @property
     def state_key(self) -> str:
         """What tells the states of several callbacks of one trainer apart: of a generator and a discriminator, say."""
-        options = {"module": self._module, **self._probe_arguments}
-        named = {key: options[key] for key in ("module", "layers", "accumulate") if options.get(key) is not None}
-        told = {key: sorted(require_strings(key, value)) for key, value in named.items()}
-        return f"{super().state_key}{told or ''}"
+        return super().state_key + told_apart({"module": self._module, **self._probe_arguments})
 
     def state_dict(self) -> dict[str, Any]:
         """What was accumulated and logged goes into Lightning's checkpoints.

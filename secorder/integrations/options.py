@@ -15,6 +15,9 @@ from ..monitor.sinks.sink import check_sink, several
 from ..online.samples.hypotheses import check_sample_dim
 from ..probe import CurvatureProbe
 
+#: The options by which callbacks of one trainer accumulate different numbers.
+_APART = ("module", "layer_types", "layers", "frozen", "accumulate", "every", "decay")
+
 
 def _keywords(function: Any) -> set[str]:
     return {
@@ -47,6 +50,17 @@ def try_options(of_probe: Mapping[str, Any], of_recorder: Mapping[str, Any], sin
     of_any_model = {key: value for key, value in of_probe.items() if key not in ("layer_types", "layers", "sample_dim")}
     with CurvatureProbe(skip_init(nn.Linear, 1, 1), **of_any_model) as probe:
         CurvatureRecorder(probe, **of_recorder)
+
+
+def told_apart(options: Mapping[str, Any]) -> str:
+    """What tells the states of several callbacks of one trainer apart; empty if none of these options is given.
+
+    A set has another order in each process.
+    """
+    given = {key: options[key] for key in _APART if options.get(key) is not None}
+    each = {key: x if isinstance(x, Iterable) and not isinstance(x, str) else [x] for key, x in given.items()}
+    told = {key: sorted(getattr(x, "__qualname__", str(x)) for x in some) for key, some in each.items()}
+    return str(told or "")
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:

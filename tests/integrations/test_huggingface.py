@@ -218,7 +218,7 @@ def tiny() -> tuple[Any, list[dict[str, torch.Tensor]]]:
     return model, [{"input_ids": row, "labels": row.clone()} for row in ids]
 
 
-def run(folder: Path, model: Any, rows: Any, callback: Any, resume: str | None = None, **options: Any) -> None:
+def run(folder: Path, model: Any, rows: Any, *callbacks: Any, resume: str | None = None, **options: Any) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     given: dict[str, Any] = {"per_device_train_batch_size": 2, "num_train_epochs": 1, "use_cpu": True}
@@ -226,7 +226,7 @@ def run(folder: Path, model: Any, rows: Any, callback: Any, resume: str | None =
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         arguments = transformers.TrainingArguments(str(folder), **given)
-        made = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+        made = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=list(callbacks))
         made.train(resume_from_checkpoint=resume)
 
 
@@ -256,6 +256,23 @@ def test_a_run_that_is_resumed_has_everything(tmp_path: Path) -> None:
         tmp_path, model, rows, again, resume=str(tmp_path / "checkpoint-3"),
         restore_callback_states_from_checkpoint=True, **saving,
     )  # fmt: skip
+
+
+def test_several_callbacks_of_one_trainer(tmp_path: Path) -> None:
+    """Each finds its own state in the checkpoint."""
+    pytest.importorskip("transformers")
+    from secorder.integrations.huggingface import CurvatureCallback
+
+    for resume, recorded in ((None, 8), (str(tmp_path / "checkpoint-4"), 16)):
+        callbacks = [
+            CurvatureCallback(layers="*.c_fc"),
+            CurvatureCallback(layers="*.c_fc", every=2, accumulate="trace"),
+        ]
+        model, rows = tiny()
+        epochs = recorded // 8
+        run(tmp_path, model, rows, *callbacks, resume=resume, save_strategy="epoch", num_train_epochs=epochs)
+        found = [callback.probe for callback in callbacks]
+        assert [(p.accumulate, p.num_samples) for p in found if p] == [("diagonal", recorded), ("trace", recorded // 2)]
 
 
 def test_what_is_not_in_a_checkpoint_is_told(tmp_path: Path) -> None:

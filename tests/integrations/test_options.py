@@ -8,13 +8,23 @@ import torch
 from torch import nn
 
 from secorder import InvalidArgumentError, InvalidTypeError, SecorderError
-from secorder.integrations.options import divided, submodule, try_options
+from secorder.integrations.options import divided, submodule, told_apart, try_options
 
 
 def test_keywords_find_their_owner() -> None:
     of_probe, of_recorder = divided({"every": 2, "log_every": 10, "strict": True, "method": "exact", "decay": 0.5})
     assert of_probe == {"every": 2, "strict": True, "decay": 0.5}
     assert of_recorder == {"log_every": 10, "strict": True, "method": "exact"}
+
+
+def test_callbacks_that_accumulate_different_numbers_are_told_apart() -> None:
+    some: list[dict[str, Any]] = [{}, {"layers": "0"}, {"layers": "2"}, {"every": 2}, {"every": 5}, {"decay": 0.5}]
+    some += [{"accumulate": "trace"}, {"layer_types": "all"}, {"layer_types": nn.Linear}]
+    some += [{"layer_types": (nn.Linear, nn.Conv2d)}]
+    assert len(set(map(told_apart, some))) == len(some)
+    assert told_apart({"layers": None, "strict": True}) == ""
+    named = [told_apart({"layers": x}) for x in (("0", "2"), {"2", "0"}, {"2": 1, "0": 1}.keys())]
+    assert len(set(named)) == 1
 
 
 def test_a_misspelt_module_is_told_which_there_are() -> None:
