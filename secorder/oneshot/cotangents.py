@@ -27,28 +27,19 @@ def require_linear_backward(
 ) -> None:
     """Raise :class:`AttributionError` unless the backward of two cotangents together is the sum of theirs, to rounding.
 
-    Both are made of those that are to be pulled back. Else it is not multiplication with a Jacobian.
+    Both are made of those that are to be pulled back, of opposite signs: what keeps positive gradients alone (guided
+    backpropagation) is linear in those. Else it is not multiplication with a Jacobian. What is far below the others'
+    gradients may be all rounding, as that of a bias that a normalisation takes off again: where sizes do not explain a
+    difference, rounding is measured.
     """
     one = pairs.mixture(generator).detach()
     random = torch.randn(one.shape[1], generator=generator, dtype=torch.float64, device=generator.device)
     other = one * -(1.5 + random.abs().to(one))[:, None]
     first, second, both = [pull_back(model_outputs, ends, stack, False) for stack in (one, other, one + other)]
-    require_sum(ends, first, second, both, lambda number: pull_back(model_outputs, ends, number * one, False))
-
-
-def require_sum(
-    ends: Sequence[Tensor],
-    one: Mapping[int, Tensor],
-    other: Mapping[int, Tensor],
-    both: Mapping[int, Tensor],
-    again: Callable[[float], Mapping[int, Tensor]],
-) -> None:
-    """Raise :class:`AttributionError` unless what is pulled back of two cotangents' sum is the sum of theirs.
-
-    What is far below the others' gradients may be all rounding, as that of a bias that a normalisation takes off again:
-    ``again(number)`` pulls back the first times a number, and so measures it where sizes do not explain a difference.
-    """
-    if not _is_sum(ends, one, other, both) and not _is_sum(ends, one, other, both, measured_rounding(ends, one, again)):
+    if _is_sum(ends, first, second, both):
+        return
+    noise = _measured_rounding(ends, first, lambda number: pull_back(model_outputs, ends, number * one, False))
+    if not _is_sum(ends, first, second, both, noise):
         raise AttributionError(
             "the backward pass of the model is not linear in the gradient that it starts from (a hook that clamps "
             "or scales gradients, a custom autograd.Function), so that there is no Jacobian to multiply with: "
@@ -77,7 +68,7 @@ def _is_sum(
     )
 
 
-def measured_rounding(
+def _measured_rounding(
     ends: Sequence[Tensor], plain: Mapping[int, Tensor], again: Callable[[float], Mapping[int, Tensor]]
 ) -> dict[int, Tensor]:
     """What may be rounding in gradients, by ``id(end)``, where it is more than their size tells.

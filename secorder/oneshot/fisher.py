@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from .._arguments import refuse_given, require_integer, require_one_of
 from .._torch.differentiability import differentiable_zero
-from .._torch.graph import collection_paused
+from .._torch.graph import collection_paused, is_builtin, users_of
 from .._torch.modules import modules_in, own_parameters
 from .._torch.pytree import tensors_in
 from .._torch.vjp import gradients
@@ -41,6 +41,7 @@ from ..layers.selection import Layer
 from ..layers.structure import chain_of
 from ..monitor.progress import progress_bar
 from ..results import Diagonals, LayerInfo, Strategy
+from .cotangents import require_linear_backward
 from .fisher_by_loop import by_loop
 from .fisher_by_samples import without_rules
 from .fisher_by_uses import by_uses
@@ -195,6 +196,7 @@ class _Batch:
             self.by_graph = self.bare or not self.traced.hooked
             if not self._take_losses(loss_runs_again=bool(recording.without_graph or watched.without_graph)):
                 return None
+            self._require_linear_backward(recording)
             found = self._by_uses() | self._by_rules()
             recording.require_seen(self.loss)
             watched.require_seen(self.loss)
@@ -229,24 +231,33 @@ class _Batch:
         self.columns = self.pairs if self.part is None else self.part.some(self.pairs)
         return True
 
+    def _require_linear_backward(self, recording: Recording) -> None:
+        """Raise where several cotangents of a sample are not multiplied by a Jacobian: PyTorch's operations do that."""
+        task, outputs = self.task, self.side.model_outputs
+        if task.certain or not self.asked.second_order or (self.by_graph and all(map(is_builtin, users_of(outputs)))):
+            return
+        ends = [leaf for leaves in recording.leaves.values() for leaf in leaves]
+        ends += [s for layer in task.layers for s in task.isolated.replacements(layer)]
+        require_linear_backward(outputs, ends, self.pairs, task.generator)
+
     def _by_uses(self) -> Found:
         """The layers that are followed."""
         if not self.followed or not self.by_graph:
             return {}
         outputs = self.side.model_outputs
         inner_sizes = self.traced.inner_sizes(outputs)
-        return by_uses(self.task, self.followed, self.pairs, outputs, inner_sizes, linear=self.asked.second_order)
+        return by_uses(self.task, self.followed, self.pairs, outputs, inner_sizes)
 
     def _by_rules(self) -> Found:
         """Layers whose rows belong to samples and whose parameters act there alone, through their outputs z."""
         if not self.layers:
             return {}
-        task, outputs, columns, linear = self.task, self.side.model_outputs, self.columns, self.asked.second_order
+        task, outputs, columns = self.task, self.side.model_outputs, self.columns
         alone = self.layers if self.bare else _used_alone(task, outputs, self.layers)
         heads = _heads(task, outputs, alone, self.pairs)
         alone = [z for z in alone if z.layer.name not in heads]
         with progress_bar(task.progress and bool(alone), "Fisher", columns.num_columns, unit="vjps") as advance:
-            pulled = settle(task, outputs, alone, columns, by_graph=self.by_graph, linear=linear)
+            pulled = settle(task, outputs, alone, columns, by_graph=self.by_graph)
             how: Any = {"alpha": 1 / task.num_samples, "advance": advance, "plain": self.side.at_leaves or pulled}
             found = contract_pairs(task, outputs, alone, columns, **how)
         info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})
@@ -267,13 +278,13 @@ class _Batch:
 
     def _rest(self, found: Found) -> Found:
         """What is run after the layers that were found: layers without a rule, and all columns by their weight."""
-        task, linear = self.task, self.asked.second_order
+        task = self.task
         rest = [x for x in task.layers if x.name not in found and (x.rule is None or x not in self.followed)]
         if isinstance(self.part, ByWeight) and isinstance(self.pairs, Root):
             served = [z for z in self.layers if z.layer.name in found and "last" not in found[z.layer.name][1].checks]
             outputs = self.side.model_outputs
             return heaviest_columns(task, outputs, self.pairs, served, rest, self.part, by_graph=self.by_graph)
-        return without_rules(task, rest, self.columns, by_graph=self.by_graph and not self.followed, linear=linear)
+        return without_rules(task, rest, self.columns, by_graph=self.by_graph and not self.followed)
 
 
 def _usable(recording: Recording, layers: Sequence[Layer], *, with_graph: bool) -> list[RecordedLayer]:

@@ -10,7 +10,7 @@ from ..layers.dtypes import compute_dtype
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import Strategy
-from .cotangents import pull_back, require_linear_backward
+from .cotangents import pull_back
 from .fisher_by_uses import by_uses
 from .fisher_pairs import Found, collect
 from .measurement import Measurement
@@ -18,22 +18,20 @@ from .output_hessian import output_points
 from .roots import Columns
 
 
-def without_rules(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, by_graph: bool, linear: bool) -> Found:
+def without_rules(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, by_graph: bool) -> Found:
     """By the uses of their parameters, where the graph is followed and tells them; else sample by sample."""
-    found = by_uses(task, layers, pairs, linear=linear) if layers and by_graph else {}
+    found = by_uses(task, layers, pairs) if layers and by_graph else {}
     rest = [x for x in layers if x.name not in found]
-    return found | (by_samples(task, rest, pairs, linear=linear) if rest else {})
+    return found | (by_samples(task, rest, pairs) if rest else {})
 
 
-def by_samples(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, linear: bool) -> Found:
+def by_samples(task: Measurement, layers: Sequence[Layer], pairs: Columns) -> Found:
     """On the parameters: one vjp a sample and pair, on one graph of the whole batch."""
     model_outputs = output_points(task.isolated.forward(task.inputs), task.dimension)
     replacements = [s for layer in layers for s in task.isolated.replacements(layer)]
     totals = [
         torch.zeros_like(s, dtype=compute_dtype(layer)) for layer in layers for s in task.isolated.replacements(layer)
     ]
-    if linear and not task.certain:
-        require_linear_backward(model_outputs, replacements, pairs, task.generator)
     elements = sum(s.numel() for s in replacements) + 4 * sum(f.numel() for f in model_outputs)
     size = default_chunk_size(elements, totals[0], task.chunk_size)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._sharing import counted_once
-from .._torch.graph import Users, is_builtin, outputs_of, users_of
+from .._torch.graph import Users, outputs_of, users_of
 from .._torch.sample_graph import InnerSizes, samples_in_nodes
 from .._torch.vjp import split_like
 from ..errors import DoubleBackwardError
@@ -19,7 +19,6 @@ from ..layers.per_sample import Outer, PerSample, Rows, dense, with_cotangents
 from ..layers.selection import Layer
 from ..layers.uses import Route, Uses, brought, hidden, pieces, reentrant
 from ..results import LayerInfo, Strategy
-from .cotangents import require_linear_backward
 from .fisher_pairs import Found
 from .measurement import Measurement
 from .output_hessian import output_points
@@ -37,8 +36,6 @@ def by_uses(
     pairs: Columns,
     model_outputs: Sequence[Tensor] | None = None,
     inner_sizes: InnerSizes | None = None,
-    *,
-    linear: bool,
 ) -> Found:
     """Of the layers whose operations can be followed; samples are independent, and no hook changes gradients.
 
@@ -57,9 +54,6 @@ def by_uses(
     mine = [x for x in layers if x.name in usable]
     if not mine:
         return {}
-    if linear and not task.certain and not all(is_builtin(node) for node in users):
-        ends = [s for x in mine for s in task.isolated.replacements(x)]
-        require_linear_backward(model_outputs, ends, pairs, task.generator)
     pulled_back = partial(_pulled_back, task, model_outputs, usable, evidence)
     totals = _contracted(mine, pairs, pulled_back, 1 / task.num_samples)
     info = LayerInfo(Strategy.RULE, checks={"rows_are_samples": True})

@@ -9,7 +9,6 @@ from .._torch.memory import unmetered
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import LayerInfo, Strategy
-from .cotangents import require_linear_backward
 from .fisher_by_samples import without_rules
 from .fisher_pairs import Found
 from .heaviest import Forecast, by_weight, forecast
@@ -17,7 +16,6 @@ from .hessian.budget import Budget
 from .hessian.estimate import Estimate
 from .hessian.output_draws import Reduce, reduced, whole
 from .measurement import Measurement
-from .output_hessian import output_points
 from .recorded_layer import RecordedLayer, contract_pairs
 from .roots import Columns, First, Root
 
@@ -54,16 +52,12 @@ def heaviest_columns(
     layers = [z.layer for z in served] + list(rest)
     if not layers:
         return {}
-    if rest and not task.certain:
-        outputs = output_points(task.isolated.forward(task.inputs), task.dimension)
-        replacements = [s for layer in rest for s in task.isolated.replacements(layer)]
-        require_linear_backward(outputs, replacements, root, task.generator)
     strategies = dict.fromkeys((z.layer.name for z in served), Strategy.RULE)
 
     def contract(columns: Columns) -> list[list[Tensor]]:
         found = contract_pairs(task, model_outputs, served, columns, alpha=1 / task.num_samples)
         values = {z.layer.name: parts or [] for z, parts in zip(served, found, strict=True)}
-        for name, (parts, info) in without_rules(task, rest, columns, by_graph=by_graph, linear=False).items():
+        for name, (parts, info) in without_rules(task, rest, columns, by_graph=by_graph).items():
             values[name], strategies[name] = parts, info.strategy
         return [reduced(weighted.reduce, values[x.name]) for x in layers]
 

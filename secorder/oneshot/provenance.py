@@ -42,7 +42,7 @@ class Calls(TorchFunctionMode):
     """Inside, PyTorch's functions are watched as a model calls them.
 
     Attributes:
-        hooked: whether a hook was put on a tensor's gradient.
+        hooked: whether a hook was, or may have been, put on a tensor's gradient.
         detached: whether a value left the autograd graph: a function of a tensor that requires a gradient gave one that
             does not, or a number.
         packed: whether something, such as an activation checkpoint, took what autograd saves.
@@ -71,6 +71,7 @@ class Calls(TorchFunctionMode):
             self.hooked |= not (len(args) > 1 and self._own(args[1]))
         elif name == "__get__":
             self.detached |= _attribute(function) == "data"
+            self.hooked |= _attribute(function) == "grad_fn"  # which takes hooks, and tells nobody
         elif not self.detached and name not in _CREATIONS and _has_gradient((args, tuple(kwargs.values()))):
             self.detached = not _all_have_gradients(result, name)
         if self.entries is not None:

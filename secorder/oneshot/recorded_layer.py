@@ -17,7 +17,7 @@ from ..layers.per_sample import PerSample, Rule, per_sample_gradients, stacked_g
 from ..layers.rank_one import rank_one, squares_by_onednn
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
-from .cotangents import pull_back, require_sum
+from .cotangents import pull_back
 from .independence import rows_weighted, sample_weights, weight_draws
 from .measurement import Measurement
 from .roots import Columns
@@ -178,19 +178,18 @@ def settle(
     pairs: Columns,
     *,
     by_graph: bool = False,
-    linear: bool = False,
 ) -> dict[int, Tensor]:
     """Enter into every layer where its samples are, or nothing where its rows do not belong to samples.
 
     That they do is known, read off the graph (``by_graph``), or verified: the vjp of a random mixture of the pairs'
     u, each sample weighted by a random factor, must be the mixture's vjp weighted row by row, to rounding. The first
-    layout for which it holds is taken. ``linear`` demands that the backward pass be linear, as that of several
-    cotangents is taken to be. Returns the u of one pair alone, where it was pulled back to the leaves, by ``id``.
+    layout for which it holds is taken. Returns the u of one pair alone, where it was pulled back to the leaves, by
+    ``id``.
     """
     rest = unsettled(task, model_outputs, layers, by_graph=by_graph)
     if not rest:
         return {}
-    pulled = settle_layouts(task, model_outputs, rest, pairs.mixture(task.generator), linear=linear)
+    pulled = settle_layouts(task, model_outputs, rest, pairs.mixture(task.generator))
     whole = len(rest) == len(layers) and pairs.num_columns == 1
     return {key: g[0] for key, g in pulled.items()} if whole else {}
 
@@ -235,13 +234,11 @@ def settle_layouts(
     model_outputs: Sequence[Tensor],
     layers: Sequence[RecordedLayer],
     mixture: Tensor,
-    *,
-    linear: bool = False,
 ) -> dict[int, Tensor]:
     """Enter into every layer the first layout under which its rows are found to be samples, or none.
 
     By a cotangent on the outputs (``mixture``, shape (1, N, C)), which is returned pulled back to the leaves, by
-    ``id``. Raises :class:`AttributionError` where the backward pass is to be linear and is not.
+    ``id``.
     """
     leaves = [leaf for z in layers for leaf in z.leaves]
     count = model_outputs[0].shape[0]
@@ -255,14 +252,6 @@ def settle_layouts(
             [c for c in choices if _weighted(z.leaves, c, plain, scaled, weights)]
             for z, choices in zip(layers, options, strict=True)
         ]
-    if linear:
-        # Of opposite signs, since what keeps positive gradients alone (guided backpropagation) is linear in those.
-        both = pull_back(model_outputs, leaves, mixture.detach() * (1 - 2 * weights)[:, None], False)
-        opposite = {key: -2 * g for key, g in scaled.items()}
-        stack = mixture.detach()
-        require_sum(
-            leaves, plain, opposite, both, lambda number: pull_back(model_outputs, leaves, number * stack, False)
-        )
     for z, choices in zip(layers, options, strict=True):
         z.layouts = next(iter(choices), [])
     return plain

@@ -30,7 +30,7 @@ def test_of_any_columns(kind: str) -> None:
     }
 
     def work(task: Measurement) -> dict[str, list[Tensor]]:
-        return {name: values for name, (values, _) in by_samples(task, task.layers, columns, linear=True).items()}
+        return {name: values for name, (values, _) in by_samples(task, task.layers, columns).items()}
 
     found = measured(work, model, (x, y), F.cross_entropy)
     parameters = {name: p.detach() for name, p in model.named_parameters()}

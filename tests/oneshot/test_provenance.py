@@ -45,6 +45,14 @@ def hooked(m: Any, x: Tensor) -> Tensor:
     return m.b(z.tanh())
 
 
+def hooked_node(m: Any, x: Tensor) -> Tensor:
+    """The same by a hook on the operation, of which the tensor knows nothing."""
+    z = m.a(x) * 1
+    if z.grad_fn is not None:
+        z.grad_fn.register_hook(lambda behind, _: tuple(g if g is None else g.clamp(-0.05, 0.05) for g in behind))
+    return m.b(z.tanh())
+
+
 BENIGN = {
     "plain": lambda m, x: m.b(torch.tanh(m.a(x)) + x.mean(1, keepdim=True)),
     "residual": lambda m, x: m.b((lambda h: h + F.layer_norm(F.gelu(h), (4,)))(m.a(x))),
@@ -54,6 +62,7 @@ BENIGN = {
     "detached": lambda m, x: m.b(m.a(x) * m.a(x).detach().tanh()),
     "by halves": by_halves,
     "hooked": hooked,
+    "hooked node": hooked_node,
 }
 
 
@@ -144,9 +153,11 @@ def test_hooks_that_couple_are_seen() -> None:
     assert_all_close(found, expected)
 
 
-def test_hooks_that_clamp_have_no_jacobian() -> None:
+@pytest.mark.parametrize("name", ["hooked", "hooked node"])
+@pytest.mark.parametrize("options", [{"fisher_type": "mc"}, {"fisher_type": "type-2"}, {"rtol": 0.1}])
+def test_hooks_that_clamp_have_no_jacobian(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(AttributionError, match="not linear"):
-        measured(hooked, fisher_type="type-2")
+        measured(BENIGN[name], **{"fisher_type": "type-2", **options})
 
 
 def test_outputs_of_the_inputs_alone_require_no_gradient() -> None:
