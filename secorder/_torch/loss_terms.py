@@ -20,13 +20,13 @@ PRODUCTS = ("Bmm", "Div", "Dot", "Mm", "Mul", "Mv")
 ARITHMETIC, MOST = ("Add", "Div", "Mul", "Neg", "Sub"), 16
 
 
-def terms(root: Node, ends: Collection[Node] = (), by: Collection[str] = ARITHMETIC) -> Iterator[Node]:
+def terms(root: Node, ends: Collection[Node] = ()) -> Iterator[Node]:
     """What computed a number, and those that it is made of by arithmetic: the latest first, none behind ``ends``."""
     found = [root]
     for node in found:  # which grows
         if node not in ends:
             yield node
-            if operation_of(node) in by:
+            if operation_of(node) in ARITHMETIC:
                 found.extend(x for x, _ in node.next_functions if x is not None and len(found) < MOST)
 
 

@@ -85,29 +85,24 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     return True
 
 
-class Enters:
-    """A hook on an output of the model: its backward begins."""
-
-    def __init__(self, attachment: "Attachment", record: ForwardRecord, *, returned: bool) -> None:
-        self.attachment, self.record, self.returned = attachment, record, returned
-
-    @never_compiled
-    def __call__(self, g: Tensor) -> None:
-        if inside_transform():
-            return
-        troubles, record = self.attachment.fisher.troubles, self.record
-        if record.unattributed:
-            troubles.guarded(record, (), _tell, self.attachment.fisher, record.unattributed)
-            return
-        if self.attachment.pauses:
-            troubles.guarded(record, (), saves_again, self.attachment, record)
-            return
-        record.create_graph = torch.is_grad_enabled()
-        if self.returned and record.backward is None:  # the loss itself: what it is multiplied by in training
-            weights, scale = record.weights, g.detach().double()
-            own = scale.new_ones(record.num_samples) if weights is None else weights.to(scale)
-            record.weights = own / scale
-        troubles.guarded(record, (), enter, self.attachment, record)
+@never_compiled
+def enters(attachment: "Attachment", record: ForwardRecord, returned: bool, g: Tensor) -> None:
+    """A hook on an output of the model: its backward begins. ``returned``: whether that is the loss itself."""
+    if inside_transform():
+        return
+    troubles = attachment.fisher.troubles
+    if record.unattributed:
+        troubles.guarded(record, (), _tell, attachment.fisher, record.unattributed)
+        return
+    if attachment.pauses:
+        troubles.guarded(record, (), saves_again, attachment, record)
+        return
+    record.create_graph = torch.is_grad_enabled()
+    if returned and record.backward is None:  # what it is multiplied by in training
+        weights, scale = record.weights, g.detach().double()
+        own = scale.new_ones(record.num_samples) if weights is None else weights.to(scale)
+        record.weights = own / scale
+    troubles.guarded(record, (), enter, attachment, record)
 
 
 def _tell(fisher: OnlineFisher, reason: str) -> None:
@@ -117,17 +112,12 @@ def _tell(fisher: OnlineFisher, reason: str) -> None:
         fisher.troubles.mark(fisher.sums, reason)
 
 
-class EntersUnrecorded:
+@never_compiled
+def enters_unrecorded(attachment: "Attachment", _: Tensor) -> None:
     """A hook on an output of a forward that was not recorded."""
-
-    def __init__(self, attachment: "Attachment") -> None:
-        self.attachment = attachment
-
-    @never_compiled
-    def __call__(self, _: Tensor) -> None:
-        if not self.attachment.suspensions:
-            unrecorded(self.attachment.fisher)
-            _tell_accumulation(self.attachment.fisher)
+    if not attachment.suspensions:
+        unrecorded(attachment.fisher)
+        _tell_accumulation(attachment.fisher)
 
 
 def _tell_accumulation(fisher: OnlineFisher) -> None:

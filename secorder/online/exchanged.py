@@ -29,11 +29,8 @@ def refresh(fisher: OnlineFisher, attributions: Attributions) -> bool:
     gathered = {} if fisher.ranks is None else sharded_by_gathered(fisher.model)
     meta, computed = [], []
     for index, layer in enumerate(fisher.layers):
-        same, on_meta = True, False
-        for name, p in layer.parameters.items():
-            same = same and held_parameter(layer.module, name) is p
-            on_meta = on_meta or p.is_meta
-        if not same:
+        found = layer.parameters
+        if any(held_parameter(layer.module, name) is not p for name, p in found.items()):
             now = dict(layer.module.named_parameters(remove_duplicate=False))
             shapes = {name: p.shape for name, p in layer.parameters.items()}
             found = {name: gathered.get(id(now[name]), now[name]) for name in shapes if name in now}
@@ -49,8 +46,7 @@ def refresh(fisher: OnlineFisher, attributions: Attributions) -> bool:
             if any(found[name] is not p for name, p in layer.parameters.items()):
                 layer = fisher.layers[index] = replace(layer, parameters=found)
                 changed = True
-            on_meta = any(p.is_meta for p in found.values())
-        if on_meta:
+        if any(p.is_meta for p in found.values()):
             meta.append(layer.name)
     if changed:
         attributions.forget()

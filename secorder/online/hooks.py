@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -41,7 +42,7 @@ from .._torch.saved_tensors import section_computed_again
 from .._torch.surroundings import inside_transform
 from ..layers.selection import Layer
 from .attributions import Attributions
-from .backward import Enters, EntersUnrecorded, let_go
+from .backward import enters, enters_unrecorded, let_go
 from .capture import keeps_as_many, layer_called, module_called, module_starts
 from .changed_gradients import Factors, WatchedHooks
 from .fisher import OnlineFisher
@@ -242,8 +243,8 @@ class Attachment:
         if (root := record.root) is not None:
             if root.rule is None and record.start is not None:
                 record.layers[root.name].starts += (record.start,)
-            hook: _LayerHook = _LayerCalled(self, record, root) if root.rule else _ModuleCalled(self, record, root)
-            hook(self.model, args, kwargs, output)
+            called = layer_called if root.rule else module_called
+            _LayerHook(called, self, record, root)(self.model, args, kwargs, output)
         settle(self, record, (args, kwargs), output)
         for section in record.sections or ():
             self._sections[section] = ref(record)
@@ -251,7 +252,7 @@ class Attachment:
             if tensor.requires_grad and tensor.grad_fn is not None:
                 # Opens the backward before any layer is reached: under reentrant checkpoints, layers run inside of it.
                 returned = bool(self.fisher.returned) and not tensor.dim() and tensor.is_floating_point()
-                tensor.register_hook(Enters(self, record, returned=returned))
+                tensor.register_hook(partial(enters, self, record, returned))
 
     def _computed_again(self) -> bool:
         """Whether a checkpoint around the model computes a forward again: if it was recorded, its layers are hooked.
@@ -276,7 +277,7 @@ class Attachment:
         if self.every > 1 and not self.suspensions and not inside_transform() and not is_traced():
             for tensor in tensors_in(output):
                 if tensor.requires_grad and tensor.grad_fn is not None:
-                    tensor.register_hook(EntersUnrecorded(self))
+                    tensor.register_hook(partial(enters_unrecorded, self))
 
     def register(self, record: ForwardRecord) -> None:
         """Put the hooks of a record on the layers; those of the model itself are called by the hooks that it has."""
@@ -286,14 +287,14 @@ class Attachment:
             if layer.enclosing is model:
                 record.root = record.root or layer
             else:
-                hooks.append(_LayerCalled(self, record, layer))
+                hooks.append(_LayerHook(layer_called, self, record, layer))
         for layer in found.by_module:
             if layer.enclosing is model:
                 record.root = record.root or layer
             else:
-                starts = _ModuleStarts(self, record, layer)
+                starts = _LayerHook(module_starts, self, record, layer)
                 record.handles.append(layer.enclosing.register_forward_pre_hook(starts, prepend=True, with_kwargs=True))
-                hooks.append(_ModuleCalled(self, record, layer))
+                hooks.append(_LayerHook(module_called, self, record, layer))
         if hooks:
             record.handles.append(first := FirstHooks())
             first.put([(hook.layer.enclosing, hook) for hook in hooks])
@@ -347,12 +348,10 @@ class _End(OwnHook):
 
 
 class _LayerHook(OwnHook):
-    """A hook that holds the record it fills."""
+    """A hook on a layer's module, which does its work with the record that it fills."""
 
-    work: Callable[..., None]  #: what it does
-
-    def __init__(self, owner: Attachment, record: ForwardRecord, layer: Layer) -> None:
-        self.owner, self.record, self.layer = owner, record, layer
+    def __init__(self, work: Callable[..., None], owner: Attachment, record: ForwardRecord, layer: Layer) -> None:
+        self.work, self.owner, self.record, self.layer = work, owner, record, layer
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         owner, record, work = self.owner, self.record, self.work
@@ -366,15 +365,3 @@ class _LayerHook(OwnHook):
         elif owner.pauses or threading.get_ident() != record.thread:
             return
         owner.fisher.troubles.guarded(record, (self.layer.name,), work, owner, record, self.layer, args, kwargs, output)
-
-
-class _LayerCalled(_LayerHook):
-    work = staticmethod(layer_called)
-
-
-class _ModuleStarts(_LayerHook):
-    work = staticmethod(module_starts)
-
-
-class _ModuleCalled(_LayerHook):
-    work = staticmethod(module_called)

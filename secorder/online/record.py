@@ -48,46 +48,33 @@ HOOKING = threading.Lock()
 
 
 class Backward:
-    """One backward pass, and the records of the forwards that it runs through.
+    """One backward pass, and the records of the forwards that it runs through."""
 
-    Attributes:
-        number: the engine's number of the pass.
-        thread: that it runs in.
-        ended: whether it has ended, or is known to have been broken off.
-        partial: whether it is seen to leave out a part of the graph (``inputs=``).
-        alone: whether no other thread ran a backward at the same time.
-        records: in the order in which their gradients came.
-        handles: of what is hung on parameters while it runs.
-        fresh: parameters without a gradient when it began: what they have at its end is this pass's.
-        early: parameters, by ``id``, whose gradient has changed between the end of the forward and this pass's first
-            gradient: where no more comes, they are used in the loss alone.
-        whole: gradients of parameters, by ``id``, where a penalty is to be found in them.
-        takes_norms: whether the norms of its per-sample gradients are taken.
-        by_factors: of these, the layers of which the norm of the batch's gradient is that of the calls' own sum.
-        norms: of whole gradients, by ``id`` of the parameter; None where it came in parts.
-        unread: parameters without a gradient when it began, whose norm is to be read at its end.
-        audit: of the parameters' whole gradients.
-        audited: the layers that it looks at, of those that the first of its forwards has called.
-        loss_scale: what the loss was multiplied by; None until it is needed.
-    """
-
-    ended = partial = takes_norms = False
-    alone = True
+    ended = False  #: whether it has ended, or is known to have been broken off
+    partial = False  #: whether it is seen to leave out a part of the graph (``inputs=``)
+    alone = True  #: whether no other thread ran a backward at the same time
+    #: parameters, by ``id``, whose gradient has changed between the end of the forward and this pass's first gradient:
+    #: where no more comes, they are used in the loss alone
     early: frozenset[int] = frozenset()
-    audited: Set[str] = frozenset()
-    loss_scale: float | None = None
+    takes_norms = False  #: whether the norms of its per-sample gradients are taken
+    audited: Set[str] = frozenset()  #: the layers that the audit looks at, of those that the first forward has called
+    loss_scale: float | None = None  #: what the loss was multiplied by; None until it is needed
 
     def __init__(self, number: int, audit: Audit) -> None:
-        self.number = number
-        self.thread = threading.get_ident()
-        self.records: list[ForwardRecord] = []
-        self.handles: list[RemovableHandle] = []
+        self.number = number  #: the engine's
+        self.thread = threading.get_ident()  #: that it runs in
+        self.records: list[ForwardRecord] = []  #: in the order in which their gradients came
+        self.handles: list[RemovableHandle] = []  #: of what is hung on parameters while it runs
+        #: parameters without a gradient when it began: what they have at its end is this pass's
         self.fresh: list[Tensor] = []
-        self.whole: dict[int, Tensor] = {}
+        self.whole: dict[int, Tensor] = {}  #: gradients of parameters, by ``id``, where they may hold a penalty
+        #: the layers of which the norm of the batch's gradient is that of the calls' own sum
         self.by_factors: set[str] = set()
+        #: of whole gradients, by ``id`` of the parameter; None where it came in parts
         self.norms: dict[int, Tensor | None] = {}
+        #: parameters without a gradient when it began, whose norm is to be read at its end
         self.unread: list[Tensor] = []
-        self.audit = audit
+        self.audit = audit  #: of the parameters' whole gradients
 
     def on_gradient(self, leaf: Tensor, hook: Callable[[Tensor], None], *, gathered: bool = False) -> None:
         """Call a hook with the whole gradient of a leaf, before hooks on the leaf change it.

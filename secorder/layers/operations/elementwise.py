@@ -5,21 +5,14 @@ from .call import OperationCall
 from .registry import operation_rule
 
 
-@operation_rule("AddBackward0")
+@operation_rule("AddBackward0", "SubBackward0", "ExpandBackward0")
 def add(call: OperationCall, index: int) -> PerSample | None:
-    """z = a + α b: a position table, a bias, a class token's place."""
-    return _scaled(call, index, float(call.saved("alpha")) if index else 1.0)
-
-
-@operation_rule("SubBackward0")
-def sub(call: OperationCall, index: int) -> PerSample | None:
-    """z = a - α b."""
-    return _scaled(call, index, -float(call.saved("alpha")) if index else 1.0)
-
-
-def _scaled(call: OperationCall, index: int, scale: float) -> PerSample | None:
+    """z = a ± α b: a position table, a bias, a class token's place; or one token for all samples."""
     found = call.of_samples(call.g, call.shape(index))
-    return found if found is None or scale == 1 else found * scale
+    if found is None or not index:
+        return found
+    scale = float(call.saved("alpha")) * (-1 if call.node.name() == "SubBackward0" else 1)
+    return found if scale == 1 else found * scale
 
 
 @operation_rule("MulBackward0")
@@ -33,9 +26,3 @@ def mul(call: OperationCall, index: int) -> PerSample | None:
 def div(call: OperationCall, index: int) -> PerSample | None:
     """z = a / b, of a."""
     return None if index else call.of_samples(call.g / call.saved("other"), call.shape(index))
-
-
-@operation_rule("ExpandBackward0")
-def expand(call: OperationCall, index: int) -> PerSample | None:
-    """One token for all samples."""
-    return call.of_samples(call.g, call.shape(index))

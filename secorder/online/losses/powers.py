@@ -293,7 +293,7 @@ def differ(loss: SeenLoss, classes: int) -> bool:
 
 
 def reduced_otherwise(
-    loss: SeenLoss, paths: Collection[Path], told: str, samples: int, *, constant: bool = False
+    loss: SeenLoss, paths: Collection[Path], told: str, *, constant: bool = False
 ) -> tuple[str, bool]:
     """Why a loss is not the mean, or the sum, of samples' losses that is specified; and whether that is sure.
 
@@ -301,7 +301,6 @@ def reduced_otherwise(
         loss: the loss.
         paths: from it to its outputs.
         told: ``"mean"`` or ``"sum"``.
-        samples: how many it is of.
         constant: whether it is known that a factor that is as large as the number of samples is not that number.
     """
     if told == "mean":

@@ -30,7 +30,7 @@ def reduced_over_several(loss: SeenLoss, told: str) -> str:
     for group, count in loss.groups.items():
         part = loss.of_group(group)
         paths = paths_of(part, count, told)
-        reason, sure = reduced_otherwise(part, paths, told, count) if count > 1 else ("", False)
+        reason, sure = reduced_otherwise(part, paths, told) if count > 1 else ("", False)
         if sure and reason:
             return reason
         shares += [(as_a_mean(path, count), count / total) for path in paths]

@@ -250,7 +250,7 @@ def _otherwise(fisher: OnlineFisher, record: ForwardRecord, loss: SeenLoss) -> s
     paths = paths_of(loss, count, told)
     fisher.accumulation.see_share(paths, told, count)
     differ = fisher.sizes.differ(paths, told, count)
-    reason, sure = reduced_otherwise(loss, paths, told, count, constant=fisher.sizes.agree)
+    reason, sure = reduced_otherwise(loss, paths, told, constant=fisher.sizes.agree)
     if not sure:
         fisher.troubles.unseen = fisher.troubles.unseen or reason
     return differ or (reason if sure else "")

@@ -1,6 +1,7 @@
 """The rows of each layer's output, and the samples that they belong to: by graph, weighted cotangents, or change."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +17,28 @@ from ..._torch.vjp import gradients
 from ...errors import DoubleBackwardError
 from ...layers.layout import Layout
 from ...layers.selection import Layer
+from ...layers.uses import Route
 from ...oneshot.independence import DRAWS, changed_entries, rows_weighted, separating_masks, weight_draws
 from ...oneshot.recorded_layer import RecordedLayer, layout_options
 from ...oneshot.use_rows import ByCotangents
 from ...parallel.ranks import Ranks
 from .forward_graph import ForwardGraph
 from .hypotheses import Hypothesis, any_layout, floating, run_changed
+from .relation import Shape
 
-#: By layer the calls with their layouts, the layers without, the layers that the output depends on.
-Rows = tuple[dict[str, list[tuple[Layout, Tensor]]], set[str], set[str]]
+
+@dataclass
+class Rows:
+    """Whose the rows are of layers' calls, or of the operations that their parameters meet the samples in."""
+
+    #: by layer, the layout, the place and the shape of each output
+    known: dict[str, list[tuple[Layout, int | str, Shape]]] = field(default_factory=dict)
+    unknown: set[str] = field(default_factory=set)  #: layers of which it could not be told
+    reached: set[str] = field(default_factory=set)  #: layers that the model's output depends on
+    blank: set[str] = field(default_factory=set)  #: layers of which an output got no gradient, though it might
+    repeated: set[str] = field(default_factory=set)  #: those of them where another use at the same place got some
+    hidden: set[str] = field(default_factory=set)  #: of those that are unknown, whose operations a checkpoint hides
+    routes: dict[str, frozenset[Route]] = field(default_factory=dict)  #: by layer, those that are followed
 
 
 def rows_of_layers(
@@ -40,18 +54,20 @@ def rows_of_layers(
 
     Ranks that parameters lie over do the same together.
     """
-    if not layers:
-        return _none_yet()
-    if graph.ends:
+    result = Rows()
+    if layers and graph.ends:
         beside = [z for z in seen if any(accumulate_node(leaf) in graph.beside for leaf in z.leaves)]
         try:
-            found = _by_graph_and_cotangents([z for z in seen if z not in beside], graph)
+            _by_graph_and_cotangents([z for z in seen if z not in beside], graph, result)
         except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
-            beside = []
+            result = Rows()
         else:
-            more = _by_change([z.layer for z in beside], arguments, forward, chosen, ranks) if beside else _none_yet()
-            return None if more is None else ({**found[0], **more[0]}, found[1] | more[1], found[2] | more[2])
-    return _by_change(layers, arguments, forward, chosen, ranks)
+            layers = [z.layer for z in beside]
+    if layers and not _by_change(layers, arguments, forward, chosen, ranks, result):
+        return None
+    result.blank = {z.layer.name for z in seen if z.layer.name in result.known and graph.depends_on(z.leaves)}
+    result.blank -= result.reached
+    return result
 
 
 def _options(z: RecordedLayer, count: int) -> list[list[Layout]]:
@@ -62,22 +78,29 @@ def _options(z: RecordedLayer, count: int) -> list[list[Layout]]:
     return [[layouts[index] for layouts in joint] for index in range(len(z.leaves))]
 
 
-def _by_graph_and_cotangents(layers: Sequence[RecordedLayer], graph: ForwardGraph) -> Rows:
+def _by_graph_and_cotangents(layers: Sequence[RecordedLayer], graph: ForwardGraph, result: Rows) -> None:
     """What the graph tells of layers, and by cotangents what it does not."""
-    candidates = [_options(z, graph.count) for z in layers]
-    by_graph = [_by_graph(z, c, graph.inner_sizes or {}) for z, c in zip(layers, candidates, strict=True)]
-    rest = [(z, c) for z, c, o in zip(layers, candidates, by_graph, strict=True) if o is None]
-    known, unknown, reached = _by_cotangents(rest, graph) if rest else _none_yet()
-    for z, options in zip(layers, by_graph, strict=True):
+    sizes, rest = graph.inner_sizes or {}, []
+    for z in layers:
+        candidates = _options(z, graph.count)
+        options = _by_graph(z, candidates, sizes)
         if options is None:
-            continue
-        if all(options):
-            known[z.layer.name] = [(choices[0], leaf) for choices, leaf in zip(options, z.leaves, strict=True)]
+            rest.append((z, candidates))
         else:
-            unknown.add(z.layer.name)
-        if any((accumulate_node(leaf), 0) in (graph.inner_sizes or {}) for leaf in z.leaves):
-            reached.add(z.layer.name)
-    return known, unknown, reached
+            _note(z, options, any((accumulate_node(leaf), 0) in sizes for leaf in z.leaves), result)
+    if rest:
+        _by_cotangents(rest, graph, result)
+
+
+def _note(z: RecordedLayer, options: list[list[Layout]], reached: bool, result: Rows) -> None:
+    """Enter a layer with the layouts that its outputs may have, and whether the model's outputs depend on it."""
+    if all(options):
+        told = enumerate(zip(options, z.leaves, strict=True))
+        result.known[z.layer.name] = [(choices[0], i, tuple(leaf.shape)) for i, (choices, leaf) in told]
+    else:
+        result.unknown.add(z.layer.name)
+    if reached:
+        result.reached.add(z.layer.name)
 
 
 def _by_graph(z: RecordedLayer, candidates: list[list[Layout]], inner_sizes: InnerSizes) -> list[list[Layout]] | None:
@@ -95,7 +118,9 @@ def _by_graph(z: RecordedLayer, candidates: list[list[Layout]], inner_sizes: Inn
     return found
 
 
-def _by_cotangents(asked: Sequence[tuple[RecordedLayer, list[list[Layout]]]], graph: ForwardGraph) -> Rows:
+def _by_cotangents(
+    asked: Sequence[tuple[RecordedLayer, list[list[Layout]]]], graph: ForwardGraph, result: Rows
+) -> None:
     ends, count = graph.ends, graph.count
     layers, candidates = [z for z, _ in asked], [choices for _, choices in asked]
     leaves = [leaf for z in layers for leaf in z.leaves]
@@ -116,17 +141,8 @@ def _by_cotangents(asked: Sequence[tuple[RecordedLayer, list[list[Layout]]]], gr
         draws = [(weights, pull_back(weighted)) for weights, weighted in cotangents.weighted(number)]
         for i in unsettled:
             options[i] = _that_scale(layers[i], candidates[i], plain, draws)
-    known, unknown, reached = _none_yet()
     for z, by_leaf in zip(layers, options, strict=True):
-        name = z.layer.name
-        moved = [bool((plain[id(leaf)] != 0).any()) for leaf in z.leaves]
-        if any(moved):
-            reached.add(name)
-        if all(by_leaf):
-            known[name] = [(choices[0], leaf) for choices, leaf in zip(by_leaf, z.leaves, strict=True)]
-        else:
-            unknown.add(name)
-    return known, unknown, reached
+        _note(z, by_leaf, any(bool((plain[id(leaf)] != 0).any()) for leaf in z.leaves), result)
 
 
 def _that_scale(
@@ -143,27 +159,23 @@ def _that_scale(
     return [[o for o in choices if holds(o, id(leaf))] for leaf, choices in zip(z.leaves, candidates, strict=True)]
 
 
-def _none_yet() -> Rows:
-    return {}, set(), set()
-
-
 def _by_change(
     layers: Sequence[Layer],
     arguments: Any,
     forward: Callable[[Any], Any],
     chosen: Hypothesis,
     ranks: Ranks | None,
-) -> Rows | None:
-    """By the rows of each layer's output that change where samples are changed."""
+    result: Rows,
+) -> bool:
+    """By the rows of each layer's output that change where samples are changed; False where those of others do, too."""
     outputs: dict[str, list[Tensor]] = {}
     values: dict[str, list[Tensor]] = {}
-    known, unknown, reached = _none_yet()
 
     def keep(name: str, output: Any) -> None:
         if inside_transform():
-            unknown.add(name)
+            result.unknown.add(name)
             return
-        reached.add(name)
+        result.reached.add(name)
         outputs.setdefault(name, []).extend(floating(output))
         values.setdefault(name, []).extend(local(t).clone() for t in floating(output))
 
@@ -171,9 +183,9 @@ def _by_change(
         outputs.clear()
         values.clear()
         with torch.enable_grad() if ranks is None else torch.no_grad():
-            result = forward(arguments) if mask is None else run_changed(forward, arguments, chosen, mask)
-        pulled = _output_gradients(result, outputs) if ranks is None else {}
-        return _Seen(dict(values), pulled, [local(t) for t in floating(result)])
+            output = forward(arguments) if mask is None else run_changed(forward, arguments, chosen, mask)
+        pulled = _output_gradients(output, outputs) if ranks is None else {}
+        return _Seen(dict(values), pulled, [local(t) for t in floating(output)])
 
     masks = list(separating_masks(chosen.num_samples))
     # Where parameters lie over ranks, hooks make something else of what a layer returns.
@@ -185,17 +197,15 @@ def _by_change(
         for _ in range(turns - len(masks)):
             run(None)
     if ranks is not None and ranks.any(not _apart(chosen.num_samples, base.ends, [c.ends for c in changed], masks)):
-        return None
+        return False
     for name, tensors in base.values.items():
-        layouts = [
-            next((o for o in any_layout(t, chosen.num_samples) if _belong(o, name, i, base, changed, masks)), None)
-            for i, t in enumerate(tensors)
-        ]
-        if name in unknown or any(layout is None for layout in layouts):
-            unknown.add(name)
+        layouts = [_layout(name, i, chosen.num_samples, base, changed, masks) for i in range(len(tensors))]
+        told = [(x, i, tuple(t.shape)) for i, (x, t) in enumerate(zip(layouts, tensors, strict=True)) if x is not None]
+        if name in result.unknown or len(told) < len(tensors):
+            result.unknown.add(name)
         else:
-            known[name] = [(layout, t) for layout, t in zip(layouts, tensors, strict=True) if layout is not None]
-    return known, unknown, reached
+            result.known[name] = [*told]
+    return True
 
 
 class _Seen(NamedTuple):
@@ -209,13 +219,18 @@ class _Seen(NamedTuple):
 def _apart(count: int, before: list[Tensor], after: list[list[Tensor]], masks: Sequence[Tensor]) -> bool:
     """Whether in each output that may have rows of samples, those of samples that were not changed stay."""
     for index, end in enumerate(before):
-        moved = [
-            (changed_entries(end, ends[index]), mask.to(end.device)) for ends, mask in zip(after, masks, strict=True)
-        ]
-        options = any_layout(end, count)
-        if options and not any(all(not bool(o.split(m)[~mask].any()) for m, mask in moved) for o in options):
+        options = every = any_layout(end, count)
+        for ends, mask in zip(after, masks, strict=True):
+            options = separated(options, changed_entries(end, ends[index]), mask)
+        if every and not options:
             return False
     return True
+
+
+def separated(options: Sequence[Layout], moved: Tensor, mask: Tensor) -> list[Layout]:
+    """The layouts of a tensor by which none of the entries that have moved is of a sample that was not changed."""
+    kept = ~mask.to(moved.device)
+    return [layout for layout in options if not bool(layout.split(moved)[kept].any())]
 
 
 def _output_gradients(result: Any, outputs: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
@@ -229,32 +244,22 @@ def _output_gradients(result: Any, outputs: dict[str, list[Tensor]]) -> dict[str
     return {name: [by_id[id(t)] for t in tensors if id(t) in by_id] for name, tensors in outputs.items()}
 
 
-def _belong(
-    layout: Layout, name: str, index: int, base: _Seen, changed: Sequence[_Seen], masks: Sequence[Tensor]
-) -> bool:
-    """Whether rows of changed samples change, and no others, nor what the model's outputs make of the others."""
-    if not _holds(layout, base.values[name][index], _nth([c.values for c in changed], name, index), masks):
-        return False
-    pulled = _nth([base.gradients, *(c.gradients for c in changed)], name, index)
-    return all(
-        not bool(layout.split(changed_entries(pulled[0], after))[~mask.to(after.device)].any())
-        for after, mask in zip(pulled[1:], masks, strict=False)
-    )
+def _layout(
+    name: str, index: int, count: int, base: _Seen, changed: Sequence[_Seen], masks: Sequence[Tensor]
+) -> Layout | None:
+    """By which rows of changed samples change, and no others, nor what the model's outputs make of the others."""
+    before, after = base.values[name][index], _nth([c.values for c in changed], name, index)
+    if len(after) != len(masks) or any(tensor.shape != before.shape for tensor in after):
+        return None
+    moved = [changed_entries(before, tensor) for tensor in after]
+    options = any_layout(before, count) if not masks or any(bool(x.any()) for x in moved) else []
+    for own, mask in zip(moved, masks, strict=True):
+        options = separated(options, own, mask)
+    first, *others = _nth([base.gradients, *(c.gradients for c in changed)], name, index) or [before]
+    for g, mask in zip(others if options else (), masks, strict=False):
+        options = separated(options, changed_entries(first, g), mask)
+    return next(iter(options), None)
 
 
 def _nth(seen: Iterable[dict[str, list[Tensor]]], name: str, index: int) -> list[Tensor]:
     return [found[name][index] for found in seen if index < len(found.get(name, ()))]
-
-
-def _holds(layout: Layout, before: Tensor, after: Sequence[Tensor], masks: Sequence[Tensor]) -> bool:
-    """Whether the rows of the changed samples have changed, and no others, in every trial."""
-    if len(after) != len(masks) or any(tensor.shape != before.shape for tensor in after):
-        return False
-    changed = False
-    for mask, tensor in zip(masks, after, strict=True):
-        moved = layout.split(changed_entries(before, tensor))
-        here = mask.to(before.device)
-        if bool(moved[~here].any()):
-            return False
-        changed = changed or bool(moved[here].any())
-    return changed or not masks

@@ -52,7 +52,7 @@ from .routes import Selections, layers_of_routed_rows, unowned_arguments
 from .rows import Rows, rows_of_layers
 from .sample_dimension import Choice, Question, choose
 from .slower import by_operations, has_slower, parents_of, slower_of
-from .use_rows import UseRows, rows_of_uses
+from .use_rows import rows_of_uses
 
 _USED_UP = (
     "the model is called with an iterator, which running the model once more to see where samples are would use up: "
@@ -233,8 +233,7 @@ def _attribute(
         routed = layers_of_routed_rows(layers, forward, arguments, hypothesis) if routable and layers else set()
         uses = _uses(asked, operated, layers, isolated, forward, hypothesis, graph, routable)
         coupled = _coupling(asked, forward, hypothesis, graph, beside) if chosen is None else frozenset()
-        blank = {z.layer.name for z in seen if z.layer.name in found[0] and graph.depends_on(z.leaves)} - found[2]
-        attribution = _concluded(asked, every, hypothesis, options, found, uses, blank | uses.blank)
+        attribution = _concluded(asked, hypothesis, options, found, uses)
         bent = _not_linear(asked, isolated, forward, graph, seen, operated)
     return replace(
         attribution,
@@ -322,36 +321,29 @@ def _forward(asked: Question, isolated: IsolatedModel) -> Callable[..., Any]:
 
 def _concluded(
     asked: Question,
-    every: Sequence[Layer],
     hypothesis: Hypothesis,
     options: Sequence[Sequence[Layout]],
     rows: Rows,
-    uses: UseRows,
-    blank: set[str],
+    uses: Rows,
 ) -> Attribution:
     """What the rows of layers and of operations tell, for a batch whose samples are known."""
-    known, unknown, reached = rows
     shapes = shapes_of(asked.arguments)
     count = hypothesis.num_samples
+    reached, blank = rows.reached | uses.reached, rows.blank | uses.blank
     verified = {
-        name: tuple(Verified(layout, i, tuple(t.shape), shapes, count) for i, (layout, t) in enumerate(calls))
-        for name, calls in known.items()
-    } | {
-        name: tuple(dict.fromkeys(Verified(layout, place, shape, shapes, count) for layout, place, shape in calls))
-        for name, calls in uses.known.items()
+        name: tuple(dict.fromkeys(Verified(*call, shapes, count) for call in calls))
+        for name, calls in (rows.known | uses.known).items()
     }
-    reached = reached | uses.reached
     # Where no gradient comes, zeros would do for samples anywhere: what was verified before still holds.
     held = set() if asked.before is None else asked.before.known.keys() - asked.before.untested
     verified = {x: calls for x, calls in verified.items() if x not in held or (x in reached and x not in blank)}
-    by_rules = all(x.rule is not None for x in every)
     return Attribution(
         dims=hypothesis.dims,
         grouping=None if hypothesis.owned is None else hypothesis.owned.grouping,
         shapes=shapes,
         known=verified if count > 1 else {},
         outputs=tuple(o[0] if o else None for o in options),
-        unknown=frozenset(unknown | uses.unknown),
+        unknown=frozenset(rows.unknown | uses.unknown),
         reached=frozenset(reached),
         untested=frozenset(blank & verified.keys()),
         repeated=frozenset(uses.repeated),
@@ -359,10 +351,7 @@ def _concluded(
         hidden=frozenset(uses.hidden),
         provisional=count == 1 or hypothesis.untested,
         alternative=hypothesis.alternative,
-        certain=hypothesis.dim == 0
-        and hypothesis.owned is None
-        and by_rules
-        and independent_by_structure(asked.model, 0),
+        certain=hypothesis.dim == 0 and hypothesis.owned is None and independent_by_structure(asked.model),
     )
 
 
@@ -375,10 +364,10 @@ def _uses(
     hypothesis: Hypothesis,
     graph: ForwardGraph,
     routable: bool,
-) -> UseRows:
+) -> Rows:
     """The uses of the parameters of layers that are measured by operations, beside those measured by their calls."""
     if not layers:
-        return UseRows()
+        return Rows()
     if any(share_parameters(one, other) for one in layers for other in called):
         graph = _whole_graph(asked, forward, graph)
     return rows_of_uses(

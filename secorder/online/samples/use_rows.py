@@ -7,7 +7,7 @@ neither holds owns no samples: it is followed to what takes its output.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,26 +25,12 @@ from .forward_graph import ForwardGraph
 from .hypotheses import Hypothesis, floating, run_changed
 from .relation import whole_call
 from .routes import routed_nodes
+from .rows import Rows, separated
 
 #: How far ahead operations are looked at together, since each look runs the model again.
 AHEAD = 2
 
 Forward = Callable[[Any], Any]
-
-
-@dataclass
-class UseRows:
-    """What was found of layers that are measured by operations."""
-
-    #: by layer, the layout, the place and the shape of each output of each use
-    known: dict[str, list[tuple[Layout, str, tuple[int, ...]]]] = field(default_factory=dict)
-    routes: dict[str, frozenset[Route]] = field(default_factory=dict)  #: by layer, those that are followed
-    unknown: set[str] = field(default_factory=set)  #: layers whose uses could not be told
-    hidden: set[str] = field(default_factory=set)  #: those of these whose operations a checkpoint hides
-    reached: set[str] = field(default_factory=set)  #: layers that the model's output depends on
-    blank: set[str] = field(default_factory=set)  #: layers of which a use got no gradient, though it might
-    #: those of them where another use at the same place got some
-    repeated: set[str] = field(default_factory=set)
 
 
 def rows_of_uses(
@@ -56,12 +42,12 @@ def rows_of_uses(
     routes: Mapping[str, Collection[Route]],
     *,
     routed: Callable[[Any, Callable[[Any], None]], Any] | None,
-) -> UseRows:
+) -> Rows:
     """Find and verify the uses of layers' parameters, along the ``routes`` that were found to be followed before.
 
     Where rows may depend on data, ``routed`` is the forward for :func:`.routes.routed_nodes`.
     """
-    result, count = UseRows(), chosen.num_samples
+    result, count = Rows(), chosen.num_samples
     try:
         if count == 1:
             _look(parameters, _OneSample(), graph, routes, result)
@@ -75,7 +61,7 @@ def rows_of_uses(
                 graph = replace(graph, output=run_changed(forward, arguments, chosen, nothing), leaves=())
                 _look(rest, _ByChange(graph.output, forward, arguments, chosen), graph, routes, result)
     except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
-        return UseRows(unknown=set(parameters))
+        return Rows(unknown=set(parameters))
     if routed is not None:
         result.unknown |= _routed(parameters, result, routed, arguments, chosen)
     return result
@@ -86,7 +72,7 @@ def _look(
     evidence: Evidence,
     graph: ForwardGraph,
     routes: Mapping[str, Collection[Route]],
-    result: UseRows,
+    result: Rows,
     untold: Collection[Node] = (),
 ) -> Parameters:
     """Note what evidence tells of layers' uses, but not of those in operations that it says nothing about: these."""
@@ -104,7 +90,7 @@ def _look(
     return rest
 
 
-def _note(name: str, uses: Uses | None, evidence: Evidence, passed_by: bool, result: UseRows) -> None:
+def _note(name: str, uses: Uses | None, evidence: Evidence, passed_by: bool, result: Rows) -> None:
     """What evidence tells of a layer's uses; hooks on what is followed are not called, so that they are passed by."""
     if uses is None or passed_by or hidden(uses):
         result.unknown.add(name)
@@ -164,8 +150,7 @@ class _ByChange(Evidence):
                     options[i] = []
                     continue
                 moved = changed_entries(before, after)
-                kept = ~mask.to(before.device)
-                options[i] = [o for o in options[i] if not bool(o.split(moved)[kept].any())]
+                options[i] = separated(options[i], moved, mask)
                 changes[i] = changes[i] or bool(moved.any())
         self.moved |= {node for (node, _), moved in zip(outputs, changes, strict=True) if moved}
         return [choices[0] if choices and moved else None for choices, moved in zip(options, changes, strict=True)]
@@ -183,7 +168,7 @@ def _places(output: Any) -> dict[Node, int]:
 
 def _routed(
     parameters: Parameters,
-    found: UseRows,
+    found: Rows,
     forward: Callable[[Any, Callable[[Any], None]], Any],
     arguments: Any,
     chosen: Hypothesis,

@@ -439,7 +439,7 @@ def test_what_is_sure_and_what_is_not() -> None:
 
     def told(criterion: Callable[[Tensor], Tensor], reduction: str) -> tuple[str, bool]:
         loss = seen(criterion, z)
-        return reduced_otherwise(loss, paths_of(loss, 6, reduction), reduction, 6)
+        return reduced_otherwise(loss, paths_of(loss, 6, reduction), reduction)
 
     assert told(lambda z: z.square().sum(), "sum") == ("", False)
     assert told(lambda z: z.square().sum(), "mean")[1]
