@@ -121,16 +121,12 @@ def _online(
     attachment = Attachment(fisher.model, trial, Attributions(fisher.model, sample_dim), 1)
     attachment.attach()
     try:
-        _step(fisher.model, loss_fn, inputs, targets, usable_scale(fisher.loss_scale))
+        with _state_kept(fisher.model, loss_fn), torch.enable_grad():
+            (loss_fn(call_model(fisher.model, inputs), targets) * usable_scale(fisher.loss_scale)).backward()
     finally:
         attachment.detach()
     reasons = {**trial.troubles.left_out, **(untold := unreadable(trial))}
     return {} if len(untold) == len(trial.layers) else diagonals(trial, "skip"), reasons
-
-
-def _step(model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, scale: float) -> None:
-    with _state_kept(model, loss_fn), torch.enable_grad():
-        (loss_fn(call_model(model, inputs), targets) * scale).backward()
 
 
 def _scale_of_training(

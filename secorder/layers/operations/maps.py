@@ -1,12 +1,12 @@
 """What leads from a parameter to an operation: its transpose carries each sample's gradient on."""
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..._torch.graph import Node, saved, signed
 from ..per_sample import Outer, PerSample, Rows
 from .registry import parameter_map
+from .tables import rows_of, without_padding
 
 Shape = tuple[int, ...]
 
@@ -82,29 +82,15 @@ def plus_constant(node: Node, number: int, gradient: PerSample, shape: Shape, be
     return gradient if given == [0] and shape == before else None
 
 
-@parameter_map("EmbeddingBackward0")
+@parameter_map("EmbeddingBackward0", "IndexBackward0")
 def looked_up(node: Node, number: int, gradient: PerSample, shape: Shape, before: Shape) -> PerSample | None:
     """Rows of a table that are the same for all samples, such as those of positions."""
-    padding = saved(node, "padding_idx")
-    if not isinstance(gradient, Tensor) or saved(node, "scale_grad_by_freq"):
+    ids = rows_of(node, before)
+    if ids is None or not isinstance(gradient, Tensor):
         return None
-    ids = saved(node, "indices")
-    kept = gradient * (ids != padding).unsqueeze(-1) if 0 <= padding < 2**63 - 1 else gradient
-    return _rows(kept, ids, before)
-
-
-@parameter_map("IndexBackward0")
-def index(node: Node, number: int, gradient: PerSample, shape: Shape, before: Shape) -> PerSample | None:
-    """The same, written ``table[ids]``."""
-    ids = saved(node, "indices")
-    if not isinstance(gradient, Tensor) or len(ids) != 1 or ids[0] is None or ids[0].dtype == torch.bool:
-        return None
-    return _rows(gradient, ids[0] % before[0], before) if len(before) == 2 else None
-
-
-def _rows(gradient: Tensor, ids: Tensor, before: Shape) -> Rows:
-    flat = ids.reshape(1, -1).long().expand(len(gradient), -1)
-    return Rows(flat, gradient.reshape(len(gradient), flat.shape[1], before[-1]), before[0])
+    flat = ids.reshape(1, -1).expand(len(gradient), -1)
+    g = without_padding(node, gradient, ids)
+    return Rows(flat, g.reshape(len(gradient), flat.shape[1], before[-1]), before[0])
 
 
 @parameter_map("SelectBackward0", "UnbindBackward0")

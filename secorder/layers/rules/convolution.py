@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from ..._torch.modules import convolution_padding
 from ..patches import Patches, windows
 from ..per_sample import Outer, PerSample
-from .linear import bias_gradient
 from .registry import expect_dims, rule_of
 
 
@@ -35,7 +34,7 @@ def convolution_gradients(
     fan_in = a.shape[1] // groups * math.prod(kernel)
     shape = (len(a), groups, math.prod(g.shape[2:]), fan_in)
     patches = Patches(a, kernel, stride, dilation, groups, shape, padding)
-    return {"weight": Outer(patches, factor), "bias": bias_gradient(factor)}
+    return {"weight": Outer(patches, factor), "bias": Outer(None, factor)}
 
 
 def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor) -> tuple[Tensor, tuple[int, ...]]:

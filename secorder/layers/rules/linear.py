@@ -18,12 +18,7 @@ def linear(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str
     samples, positions = a.shape[0], math.prod(a.shape[1:-1])
     a = a.reshape(samples, 1, positions, a.shape[-1])
     g = g.reshape(samples, 1, positions, g.shape[-1])
-    return {"weight": Outer(a, g), "bias": bias_gradient(g)}
-
-
-def bias_gradient(g: Tensor) -> Outer:
-    """The gradient of a bias that is added at every position: its input is one."""
-    return Outer(None, g)
+    return {"weight": Outer(a, g), "bias": Outer(None, g)}
 
 
 @rule_of(nn.Bilinear, parameters=("weight", "bias"), any_leading_dim=True)

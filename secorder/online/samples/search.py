@@ -51,7 +51,7 @@ from .relation import Verified
 from .routes import Selections, layers_of_routed_rows, unowned_arguments
 from .rows import Rows, rows_of_layers
 from .sample_dimension import Choice, Question, choose
-from .slower import by_operations, has_slower, parents_of, slower_of
+from .slower import by_operations, parents_of, slower_of
 from .use_rows import rows_of_uses
 
 _USED_UP = (
@@ -159,7 +159,7 @@ def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
             return found
         missing = found.unknown | found.outside | found.reached & without_gradient(model, layers, asked.arguments)
         missing -= found.not_linear
-        slower = {x.name: slower_of(asked, parents, x) for x in layers if x.name in missing and has_slower(x, model)}
+        slower = {x.name: y for x in layers if x.name in missing and (y := slower_of(asked, parents, x)) is not None}
         if not slower:
             return found
         layers = [slower.get(x.name, x) for x in layers]

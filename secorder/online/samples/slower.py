@@ -21,18 +21,13 @@ def by_operations(asked: Question, layer: Layer) -> Layer:
     return replace(layer, rule=None, by_operations=True)
 
 
-def has_slower(layer: Layer, model: nn.Module) -> bool:
-    """Whether there is a slower strategy for a layer than its own: the slowest is by the whole model."""
-    return layer.by_operations or layer.rule is not None or layer.enclosing is not model
-
-
-def slower_of(asked: Question, parents: Mapping[int, nn.Module], layer: Layer) -> Layer:
-    """The layer by the next slower strategy."""
+def slower_of(asked: Question, parents: Mapping[int, nn.Module], layer: Layer) -> Layer | None:
+    """The layer by the next slower strategy; None where there is none: the slowest is by the whole model."""
     if layer.by_operations:
         return replace(layer, by_operations=False)
     if layer.rule is not None and (followed := by_operations(asked, layer)) is not layer:
         return followed
-    return replace(layer, enclosing=_around(parents, layer), rule=None)
+    return None if layer.enclosing is asked.model else replace(layer, enclosing=_around(parents, layer), rule=None)
 
 
 def parents_of(model: nn.Module) -> Mapping[int, nn.Module]:

@@ -2,21 +2,24 @@
 
 from collections.abc import Collection
 
+import pytest
+import torch
 from torch import nn
 
+from secorder import CurvatureProbe
 from secorder.layers.selection import Layer, select_layers
 from secorder.online.samples.sample_dimension import Question
-from secorder.online.samples.slower import has_slower, parents_of, slower_of
+from secorder.online.samples.slower import parents_of, slower_of
 
 
 def strategies(model: nn.Module, layer: Layer | None = None, not_followed: Collection[str] = ()) -> list[str]:
     """How a linear layer is measured, one strategy after the other."""
-    layer, names = layer or select_layers(model)[0], {id(m): name for name, m in model.named_modules()}
+    slower, names = layer or select_layers(model)[0], {id(m): name for name, m in model.named_modules()}
     asked = Question(model, ((), {}), None, None, False, not_followed)
-    found = [_said(layer, names)]
-    while has_slower(layer, model):
-        layer = slower_of(asked, parents_of(model), layer)
-        found.append(_said(layer, names))
+    found = []
+    while slower is not None:
+        found.append(_said(slower, names))
+        slower = slower_of(asked, parents_of(model), slower)
     return found
 
 
@@ -46,3 +49,12 @@ def test_frozen_parameters_are_in_no_graph() -> None:
     layer = select_layers(model)[0]
     model[0].bias.requires_grad_(False)
     assert strategies(model, layer) == ["rule: 0", "again: model"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_around_the_model_there_is_nothing() -> None:
+    """What was looked for there was a KeyError, of which the probe said that the batch could not be verified."""
+    model = nn.Linear(4, 3).requires_grad_(False)
+    assert strategies(model) == ["rule: model"]
+    with CurvatureProbe(model, reduction="mean", frozen=True):
+        model(torch.randn(5, 4))
