@@ -243,7 +243,7 @@ class CurvatureProbe:
     @cached_property
     def _fisher(self) -> OnlineFisher:
         """What training accumulates; who measures one batch alone never asks for it."""
-        return OnlineFisher(self._model, self._layers, **self._settings)
+        return OnlineFisher(model=self._model, layers=self._layers, **self._settings)
 
     def attach(self) -> None:
         """Register the hooks again after :meth:`detach`, as ``with probe:`` does; what was accumulated is kept.

@@ -8,6 +8,7 @@ and the audit is compared.
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -39,69 +40,40 @@ from .window_sums import WindowSums
 Accumulate = Literal["diagonal", "trace"]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class OnlineFisher:
     """Σ of squared per-sample gradients of a model's layers, over the records of its forwards.
 
     See :class:`secorder.CurvatureProbe` for the arguments.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[Layer],
-        *,
-        reduction: Literal["mean", "sum"] | Weights,
-        decay: float | None,
-        strict: bool,
-        loss_scale: Callable[[], float],
-        returned: bool | None,
-        on_nonfinite: Literal["skip", "raise", "keep"],
-        forwards: Literal["separate", "joined"] | None,
-        penalty: Literal["shared"] | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        accumulate: Accumulate = "diagonal",
-        precision: Precision = "auto",
-        select: Callable[[nn.Module], Sequence[Layer]] | None = None,
-    ) -> None:
-        self.model = model
-        self.layers = list(layers)
-        self.reduction = reduction
-        self.decay = decay
-        self.loss_scale = loss_scale
-        self.returned = returned  # whether it is the gradient on the loss that the model returns; None: untold
-        self.on_nonfinite = on_nonfinite
-        self.forwards = forwards
-        self.penalty = penalty
-        self.device, self.dtype = device, dtype
-        self.accumulate = accumulate
-        self.precision = precision
-        self.select = select  # which layers of the model a probe that is made now would measure
+    model: nn.Module
+    layers: list[Layer]
+    reduction: Literal["mean", "sum"] | Weights
+    decay: float | None
+    strict: bool
+    loss_scale: Callable[[], float]
+    returned: bool | None  #: whether it is the gradient on the loss that the model returns; None: untold
+    on_nonfinite: Literal["skip", "raise", "keep"]
+    forwards: Literal["separate", "joined"] | None
+    penalty: Literal["shared"] | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    accumulate: Accumulate = "diagonal"
+    precision: Precision = "auto"
+    select: Callable[[nn.Module], Sequence[Layer]] | None = None  #: which layers a probe that is made now would measure
+
+    def __post_init__(self) -> None:
+        self.layers = list(self.layers)
         self.directions = Directions()
         self.backwards = Backwards()
-        self._strict = strict
         self.others: deque[int] = deque(maxlen=8)  # backwards, the latest, that reached a forward that was not recorded
         self.assumed = ""  # of where samples are, to be said where the numbers are read
         self.reset()
 
     def fresh(self, accumulate: Accumulate | None = None) -> "OnlineFisher":
         """One with the same settings that has seen nothing, and accumulates the same unless it is told."""
-        return OnlineFisher(
-            self.model,
-            self.layers,
-            reduction=self.reduction,
-            decay=None,
-            strict=False,
-            loss_scale=self.loss_scale,
-            returned=self.returned,
-            on_nonfinite=self.on_nonfinite,
-            forwards=self.forwards,
-            penalty=self.penalty,
-            device=self.device,
-            dtype=self.dtype,
-            accumulate=accumulate or self.accumulate,
-            precision=self.precision,
-        )
+        return replace(self, decay=None, strict=False, select=None, accumulate=accumulate or self.accumulate)
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
@@ -152,7 +124,7 @@ class OnlineFisher:
                 record.formed, record.elements_formed = [], 0
         self.failures = Failures(self.seen.new_zeros(len(self.layers), dtype=torch.long))
         self.audited = Audited()
-        self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
+        self.troubles = Troubles([layer.name for layer in self.layers], self.strict)
         self.earlier: WindowSums | None = None  # what was accumulated before the last look at a window
         self.called: set[str] = set()  # layers, in some recorded forward
         self.measured_by: dict[str, MeasuredBy] = {}  # what told the latest batch's per-sample gradients, by layer
