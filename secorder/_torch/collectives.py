@@ -5,10 +5,21 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import ProbeStateError
+
 
 def has_ranks() -> bool:
     """Whether this process is one of the ranks of a process group."""
     return dist.is_available() and dist.is_initialized()
+
+
+def require_ranks() -> None:
+    """Raise where there is no process group, or none any more."""
+    if not has_ranks():
+        raise ProbeStateError(
+            "torch.distributed is not initialised: call torch.distributed.init_process_group first, and read what is "
+            "sharded before destroy_process_group."
+        )
 
 
 def all_reduce(tensor: Tensor, *, op: "dist.ReduceOp.RedOpType | None" = None, group: Any = None) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._torch.collectives import all_reduce, has_ranks
+from .._torch.collectives import all_reduce, require_ranks
 from ..errors import ProbeStateError
 
 __all__ = ["add_up"]
@@ -34,7 +34,7 @@ def add_up(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None" = None) 
         [tensor([1., 1.]), tensor(0)]
         >>> dist.destroy_process_group()
     """
-    _require_initialised()
+    require_ranks()
     buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         buckets.setdefault((tensor.dtype, tensor.device), []).append(tensor)
@@ -47,7 +47,7 @@ def add_up(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None" = None) 
 
 def largest(tensor: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
     """The largest of each element on any rank, of tensors of one shape."""
-    _require_initialised()
+    require_ranks()
     found = tensor.clone()
     all_reduce(found, op=dist.ReduceOp.MAX, group=group)
     return found
@@ -59,7 +59,7 @@ def raised_on_all(group: "dist.ProcessGroup | None" = None) -> Iterator[None]:
 
     Each rank must enter it. Where nothing is raised, one number is reduced.
     """
-    _require_initialised()
+    require_ranks()
     failed = torch.zeros((), dtype=torch.long, device="cpu")  # or the number of the rank, from 1 on
     try:
         yield
@@ -72,8 +72,3 @@ def raised_on_all(group: "dist.ProcessGroup | None" = None) -> Iterator[None]:
             f"measuring this rank's part went well, but rank {int(failed) - 1} raised an error, which says why: there "
             "is no mean over all ranks."
         )
-
-
-def _require_initialised() -> None:
-    if not has_ranks():
-        raise ProbeStateError("torch.distributed is not initialised: call torch.distributed.init_process_group first.")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._torch.collectives import all_reduce
+from .._torch.collectives import all_reduce, require_ranks
 from .._torch.fsdp import fsdp_modules, is_fsdp_hook, local
 from .._torch.modules import forward_hooks_removed
 from ..errors import InvalidArgumentError
@@ -20,7 +20,10 @@ from .spread import Spread
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, gathered by all ranks together; any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    if hasattr(tensor, "full_tensor"):
+        require_ranks()
+        tensor = tensor.full_tensor()
+    return tensor
 
 
 def part_of(tensor: Tensor, parameter: Any) -> Tensor:
@@ -56,6 +59,7 @@ def whole_sum(part: Tensor, parameter: Any) -> Tensor:
     own = part.sum(dtype=torch.float64)
     for dim, placement in enumerate(getattr(parameter, "placements", ())):
         if not placement.is_replicate():
+            require_ranks()
             all_reduce(own, group=parameter.device_mesh.get_group(dim))
     return own
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from secorder import AttributionError, CurvatureProbe, InvalidArgumentError, InvalidTypeError
+from secorder import AttributionError, CurvatureProbe, InvalidArgumentError, InvalidTypeError, ProbeStateError
 from secorder._torch.fsdp import local
 from secorder._torch.graph import tells_recomputation
 from secorder.layers.selection import ranks_of, select_layers
@@ -173,3 +173,15 @@ def test_a_whole_life(alone: nn.Sequential) -> None:
     assert_all_close(gathered, reference(make(), batch))
     assert all(torch.equal(a, b) for a, b in zip(found.whole(), found.values(), strict=True))
     assert pickle.loads(pickle.dumps(dict(found))).keys() == found.keys()
+
+
+def test_what_is_sharded_cannot_be_read_without_the_ranks(
+    alone: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, targets = data()
+    with CurvatureProbe(alone, reduction="mean") as probe:
+        nn.functional.cross_entropy(alone(inputs), targets).backward()
+        monkeypatch.setattr(dist, "is_initialized", lambda: False)  # as after destroy_process_group
+        for read in (probe.fisher_trace, probe.summary):
+            with pytest.raises(ProbeStateError, match="before destroy_process_group"):
+                read()

@@ -10,6 +10,9 @@ from ...errors import InvalidArgumentError, InvalidTypeError
 
 __all__ = ["Sink", "sink_of"]
 
+#: What ends the name of a file, not of a folder.
+_NO_FOLDERS = (".json", ".log", ".tsv", ".txt")
+
 
 @runtime_checkable
 class Sink(Protocol):
@@ -45,7 +48,7 @@ def sink_of(given: Any) -> Sink:
 
     Raises:
         InvalidTypeError: it is none of these.
-        InvalidArgumentError: a path cannot be written to.
+        InvalidArgumentError: a path cannot be written to, or names a file of another kind.
 
     Example:
         >>> import tempfile
@@ -77,6 +80,10 @@ def check_sink(given: Any) -> None:
     """Raise unless a sink can be made of it, without making one: paths are not opened."""
     if isinstance(given, (str, PathLike)):
         require_path("a sink", given)
+        if Path(given).suffix in _NO_FOLDERS:
+            raise InvalidArgumentError(
+                f"a sink is the path {given}: pass one that ends in .jsonl or .csv, or a folder for TensorBoard."
+            )
     elif isinstance(given, type):
         raise InvalidTypeError(f"a sink is the class {given.__name__}, not made yet: pass {given.__name__}(…).")
     elif not (

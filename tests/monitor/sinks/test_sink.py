@@ -60,6 +60,12 @@ def test_a_class_or_an_empty_path_is_no_sink() -> None:
         sink_of("")
 
 
+@pytest.mark.parametrize("name", ["run.txt", "runs/run.json"])
+def test_a_file_of_another_kind_is_no_folder(name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"run.*: pass one that ends in \.jsonl or \.csv"):
+        sink_of(name)
+
+
 @pytest.mark.parametrize("kind", [CSVSink, JSONLinesSink, TensorBoardSink, LightningSink])
 def test_a_sink_is_made_of_what_it_writes_to(kind: Any) -> None:
     with pytest.raises(InvalidTypeError, match="must "):
