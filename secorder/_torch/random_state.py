@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 
 class RandomState(NamedTuple):
-    """The global random state: torch's on the CPU and on CUDA devices, Python's and NumPy's (where it is loaded)."""
+    """The global random state: torch's on the CPU and on CUDA devices, Python's and NumPy's (where it is loaded).
+
+    Of torch's alone, Python's is None: to take the others costs as much as some layers do.
+    """
 
     cpu: Tensor
     cuda: list[Tensor]
-    python: tuple[Any, ...]
+    python: tuple[Any, ...] | None
     numpy: Any
 
 
@@ -26,13 +29,13 @@ def cuda_devices(model: nn.Module) -> list[int]:
     return sorted({t.device.index or 0 for t in (*model.parameters(), *model.buffers()) if t.is_cuda})
 
 
-def get_random_state(cuda: Sequence[int]) -> RandomState:
-    """The random state as it is now."""
-    on_cuda = [torch.cuda.get_rng_state(index) for index in cuda]
+def get_random_state(cuda: Sequence[int], *, of_torch: bool = False) -> RandomState:
+    """The random state as it is now, or that of torch alone."""
+    of_torch_now = torch.get_rng_state(), [torch.cuda.get_rng_state(index) for index in cuda]
+    if of_torch:
+        return RandomState(*of_torch_now, None, None)
     numpy = sys.modules.get("numpy")
-    return RandomState(
-        torch.get_rng_state(), on_cuda, random.getstate(), None if numpy is None else numpy.random.get_state()
-    )
+    return RandomState(*of_torch_now, random.getstate(), None if numpy is None else numpy.random.get_state())
 
 
 @contextmanager
@@ -49,10 +52,13 @@ def random_state_kept(model: nn.Module) -> Iterator[None]:
 def same_random_state(one: RandomState, other: RandomState) -> bool:
     """Whether two random states of the same devices are one, so that nothing was drawn in between."""
     tensors = zip((one.cpu, *one.cuda), (other.cpu, *other.cuda), strict=True)
-    return (
-        all(torch.equal(x, y) for x, y in tensors)
-        and one.python == other.python
-        and (one.numpy is None or other.numpy is None or _plain(one.numpy) == _plain(other.numpy))
+    return all(torch.equal(x, y) for x, y in tensors) and same_beside_torch(one, other)
+
+
+def same_beside_torch(one: RandomState, other: RandomState) -> bool:
+    """The same of Python's and NumPy's alone."""
+    return one.python == other.python and (
+        one.numpy is None or other.numpy is None or _plain(one.numpy) == _plain(other.numpy)
     )
 
 
@@ -67,7 +73,8 @@ def set_random_state(state: RandomState, cuda: Sequence[int]) -> None:
     torch.set_rng_state(state.cpu)
     for index, device_state in zip(cuda, state.cuda, strict=True):
         torch.cuda.set_rng_state(device_state, index)
-    random.setstate(state.python)
+    if state.python is not None:
+        random.setstate(state.python)
     if state.numpy is not None:
         sys.modules["numpy"].random.set_state(state.numpy)
 

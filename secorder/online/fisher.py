@@ -68,6 +68,7 @@ class OnlineFisher:
         self.directions = Directions()
         self.backwards = Backwards()
         self.others: deque[int] = deque(maxlen=8)  # backwards, the latest, that reached a forward that was not recorded
+        self.draws = False  # whether forwards draw random numbers of Python's or NumPy's, or are run again
         self.assumed = ""  # of where samples are, to be said where the numbers are read
         self.reset()
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .._torch.autocast import AutocastState, autocast_state
 from .._torch.modules import Place, is_scripted, modules_in, own_tensors
 from .._torch.pytree import tensors_in
-from .._torch.random_state import RandomState, cuda_devices, get_random_state
+from .._torch.random_state import RandomState, cuda_devices, get_random_state, same_beside_torch
 from .._torch.versions import version
 from ..layers.layout import Layout
 from ..layers.rank_one import FactorNorms
@@ -54,6 +54,7 @@ class Start:
     Args:
         changing: the buffers that a call overwrites.
         held: whether the module is known to run again, so that what it keeps in Python objects is noted, too.
+        draws: whether it may draw random numbers of Python's or NumPy's.
     """
 
     def __init__(
@@ -64,12 +65,19 @@ class Start:
         changing: Sequence[Place],
         *,
         held: bool,
+        draws: bool = True,
     ) -> None:
         self.arguments = (args, kwargs)
         buffers = tuple((place, place.held().detach().clone()) for place in changing)
         kept = python_state(module) if held else None
-        self.state = State(get_random_state(cuda_devices(module)), autocast_state(), buffers, kept)
+        random_state = get_random_state(cuda_devices(module), of_torch=not draws)
+        self.state = State(random_state, autocast_state(), buffers, kept)
         self._versions = [version(t) for t in tensors_in(self.arguments)]
+
+    def drew(self) -> bool:
+        """Whether random numbers of Python's or NumPy's were drawn since, as far as their state was taken."""
+        before = self.state.random_state
+        return before.python is not None and not same_beside_torch(before, get_random_state(()))
 
     def overwritten(self) -> bool:
         """Whether the call changed its arguments in place, so that it cannot be run again."""

@@ -101,7 +101,9 @@ def _opened(
     args, kwargs = arguments
     record = ForwardRecord(known, count, shapes, verified=looked[0], scheduled=looked[1])
     if not known.certain:  # what is run again, if any
-        record.start = Start(fisher.model, args, kwargs, known.changing, held=known.reruns(fisher.model))
+        again = known.reruns(fisher.model)
+        draws = looked[0] or fisher.draws or again  # else what is run again is watched for it
+        record.start = Start(fisher.model, args, kwargs, known.changing, held=again, draws=draws)
     if any(looked):
         tell_of_new(fisher)
     if known.carries:
@@ -207,6 +209,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     fisher = attachment.fisher
     start, record.start = record.start, None
     carried, record.carried = record.carried, ()
+    fisher.draws = fisher.draws or (record.verified and start is not None and start.drew())
     if True not in map(_REQUIRES_GRAD, tensors_in(output)):
         fisher.troubles.saw("no gradient")
         record.closed = record.unreturned = True
@@ -327,6 +330,7 @@ def _fall_back(
 ) -> None:
     """Layers whose own calls do not tell in this batch: the whole model runs again for them."""
     fisher, model = attachment.fisher, attachment.model
+    fisher.draws = True
     able = [x for x in layers if x.name not in found.not_linear and not record.attribution.sharing(x.name)]
     if found.grouping is None and not found.count_by_shapes(record.shapes):  # it is of another number of samples
         able = []

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from .._torch.graph import least_precise
 from .._torch.pytree import map_tensors, tensors_in
+from .._torch.random_state import get_random_state, same_beside_torch
 from .._torch.vjp import chunks, default_chunk_size, gradients, stacked_vjp
+from ..errors import AttributionError
 from ..layers.dtypes import compute_dtype
 from ..layers.layout import Layout
 from ..layers.selection import Layer
@@ -57,9 +59,16 @@ def _run_again(isolated: IsolatedModel, layer: Layer, call: ModuleCall) -> list[
     """One call, run again: the outputs that the loss depends on."""
     rest = iter(call.tensors)
     arguments = map_tensors(lambda _: next(rest), call.arguments)
+    before = get_random_state(())
     outputs = isolated.run(
         lambda copied: layer.enclosing(*copied[0], **copied[1]), arguments, call.state.random_state, call.state.autocast
     )
+    if call.state.random_state.python is None and not same_beside_torch(before, get_random_state(())):
+        raise AttributionError(
+            "its samples are found in this batch by running the model again, which draws random numbers of Python's or "
+            "NumPy's, as it did in no batch before that was looked at: draw them with torch, or measure the layer with "
+            "one-shot calls."
+        )
     isolated.require_replacements(outputs)
     tensors = [t for t in tensors_in(outputs) if t.is_floating_point()]
     ends = [

@@ -12,6 +12,7 @@ from secorder._torch.random_state import (
     cuda_devices,
     fresh_generator,
     get_random_state,
+    same_beside_torch,
     same_random_state,
     set_random_state,
 )
@@ -39,6 +40,17 @@ def test_a_draw_of_any_kind_is_seen(draws: Callable[[], object]) -> None:
     assert same_random_state(state, get_random_state([]))
     draws()
     assert not same_random_state(state, get_random_state([]))
+
+
+def test_that_of_torch_alone_leaves_the_others_as_they_are() -> None:
+    state = get_random_state([], of_torch=True)
+    assert (state.python, state.numpy) == (None, None)
+    first, *_ = draw()
+    now = get_random_state([])
+    set_random_state(state, [])
+    assert same_beside_torch(now, get_random_state([]))
+    assert not same_random_state(now, get_random_state([]))
+    assert torch.rand(()).item() == first
 
 
 def test_a_draw_on_a_device_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

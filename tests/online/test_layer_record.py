@@ -1,5 +1,6 @@
 """What one forward tells of a layer goes through its phases, and is nobody else's."""
 
+import random
 from typing import Any
 
 import pytest
@@ -86,6 +87,13 @@ def test_a_call_that_overwrites_its_arguments_cannot_start_again() -> None:
     assert not start.overwritten()
     x.add_(1)
     assert start.overwritten()
+
+
+def test_draws_of_python_are_seen_since_a_start_that_took_note_of_them() -> None:
+    starts = [Start(nn.Identity(), (), {}, (), held=False, draws=draws) for draws in (True, False)]
+    assert not any(start.drew() for start in starts)
+    random.random()
+    assert [start.drew() for start in starts] == [True, False]
 
 
 @pytest.mark.parametrize(

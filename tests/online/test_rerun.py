@@ -1,8 +1,12 @@
 """Layers whose own calls do not tell are measured by the module around them."""
 
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -126,3 +130,41 @@ def test_a_module_runs_again_with_what_it_kept_at_the_call(kept: str) -> None:
     assert torch.equal(model.cell.state, plain.cell.state)
     assert torch.equal(model.cell.scale, plain.cell.scale)
     assert (model.cell.state.grad_fn is None) == (plain.cell.state.grad_fn is None)
+
+
+@pytest.mark.parametrize("first", [0, 5], ids=["always", "late"])
+@pytest.mark.parametrize("draw", [random.random, numpy.random.rand], ids=["python", "numpy"])
+def test_a_model_that_is_run_again_in_one_batch_draws_what_it_drew(draw: Callable[[], float], first: int) -> None:
+    """Drawn with Python or NumPy; where no batch has shown that, the first one that would need it is left out."""
+    row, now = torch.randn(1, 4), [0]
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        hidden: Tensor = m.first(x)
+        if now[0] >= 5:  # a row that all samples share
+            hidden = hidden + m.first(row)
+        if now[0] >= first:
+            hidden = hidden * (1 + draw())
+        output: Tensor = m.last(torch.tanh(hidden))
+        return output
+
+    model, batches = Net(forward, first=nn.Linear(4, 5), last=nn.Linear(5, 3)), [data() for _ in range(7)]
+    left_out = [5] if first == 5 else []
+
+    def seed(*_: Any) -> None:
+        random.seed(now[0])
+        numpy.random.seed(now[0])
+
+    handle = model.register_forward_pre_hook(seed)  # so that each sample alone meets the number that was drawn
+    expected = []
+    for now[0] in set(range(7)) - set(left_out):
+        expected.append(reference(model, batches[now[0]]))
+    handle.remove()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        for now[0] in range(7):
+            seed()
+            says = "'first'.* Python's or NumPy's.* This batch is left out"
+            with pytest.warns(CurvatureWarning, match=says) if now[0] in left_out else nullcontext():
+                step(model, batches[now[0]])
+        found = probe.fisher_diagonal().by_parameter()
+    for name in ("first.weight", "first.bias"):
+        assert_all_close({name: found[name]}, {name: sum(x[name] for x in expected) / len(expected)})
