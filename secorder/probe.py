@@ -766,6 +766,7 @@ class CurvatureProbe:
         found = self._measure(partial(traces, budget=budget, of=of, by=by), loss_fn, inputs, targets, **options)
         if method == "auto":
             warn_if_estimated(found)
+        warn_if_not_finite(found, "trace")
         if of == "hessian":
             warn_if_inexact(self._layers)
         return found
@@ -807,6 +808,7 @@ class CurvatureProbe:
         Raises:
             InvalidArgumentError: ``count`` or ``max_iterations`` is below 1, ``tolerance`` below 0, ``which`` no end;
                 otherwise as :meth:`hessian_trace`.
+            NonFiniteError: a block holds nan or infinite entries.
 
         Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
 

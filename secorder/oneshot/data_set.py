@@ -22,6 +22,7 @@ from ..results import Diagonals, joined_info, relative_error
 from .loss_reduction import Kind, LossReduction
 from .timing import SHORT_SECONDS, least_seconds_of, seconds_of
 from .trace import Trace
+from .warn import warn_if_not_finite
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -195,6 +196,7 @@ def _over(
         scale = float(seen) if reduction.summed else 1.0
         own = [e.mul_(scale) for e in running.standard_error]
         first = _rebuilt(first, [m.mul_(scale) for m in running.mean], own, kept)
+        warn_if_not_finite(first, "mean over the batches")  # of which the first may have been finite
     return first, seen
 
 

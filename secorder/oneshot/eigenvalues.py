@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from .._arguments import require_integer, require_number, require_one_of
+from ..errors import NonFiniteError
 from ..layers.dtypes import compute_dtype, rounding
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from .measurement import Measurement
 from .operators import By, Curvature, Operator, ProductInZ, ProductOnParameters, blocks_of, operators
+from .warn import NO_SUCH_DERIVATIVE
 
 #: Which eigenvalues: those at both ends, the largest in modulus, the largest, the smallest.
 Which = Literal["both", "largest", "top", "bottom"]
@@ -178,6 +180,8 @@ def lanczos_steps(start: Tensor, ends: Ends) -> Generator[Tensor, Tensor, Eigenv
         w = w - known.T @ overlaps
         w = w - known.T @ (known @ w)  # twice is enough
         *overlap, beta = torch.cat([overlaps, w.norm()[None]]).tolist()  # the one look at the device
+        if not math.isfinite(beta):
+            raise NonFiniteError(NO_SUCH_DERIVATIVE.format("a product with the curvature"))
         alphas.append(overlap[-1])
         skew = max(skew, math.dist(overlap[:-1], [0.0] * (step - 2) + betas[-1:]))
         exhausted = beta <= 1e-12 * max(1e-300, *map(abs, alphas), *betas)

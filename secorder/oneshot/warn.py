@@ -12,6 +12,12 @@ from ..layers.selection import Layer
 from ..results import LayerInfo
 from .trace import Trace
 
+#: Of what is not finite, why.
+NO_SUCH_DERIVATIVE = (
+    "{} holds nan or infinite entries: the loss, or the model, has no such derivative at this point (a root or norm of "
+    "zero, an overflow)."
+)
+
 
 def warn_if_estimated(found: Mapping[str, LayerInfo | Trace]) -> None:
     """Warn once of layers that ``method="auto"`` estimated."""
@@ -24,14 +30,11 @@ def warn_if_estimated(found: Mapping[str, LayerInfo | Trace]) -> None:
         )
 
 
-def warn_if_not_finite(found: Mapping[str, Tensor], what: str) -> None:
+def warn_if_not_finite(found: Mapping[str, Tensor | Trace], what: str) -> None:
     """Warn of curvature, by layer, that is nan or infinite at this point."""
-    bad = [name for name, values in found.items() if not _finite(values.detach())]
+    bad = [name for name, values in found.items() if not _finite(values)]
     if bad:
-        caution(
-            f"the {what} of {listed(bad)} holds nan or infinite entries: the loss, or the model, has no such "
-            "derivative at this point (a root or norm of zero, an overflow)."
-        )
+        caution(NO_SUCH_DERIVATIVE.format(f"the {what} of {listed(bad)}"))
 
 
 def warn_if_inexact(layers: Sequence[Layer]) -> None:
@@ -45,6 +48,8 @@ def warn_if_inexact(layers: Sequence[Layer]) -> None:
         )
 
 
-def _finite(values: Tensor) -> bool:
+def _finite(values: Tensor | Trace) -> bool:
     """By their sum, which is one pass over them; that of finite ones may overflow."""
-    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
+    if isinstance(values, Trace):
+        return math.isfinite(values.value)
+    return math.isfinite(values.detach().sum().item()) or bool(values.isfinite().all())

@@ -141,6 +141,16 @@ def test_what_passes_for_a_data_set() -> None:
             is_data_set(stream, Y)
 
 
+@pytest.mark.parametrize("measure", [CurvatureProbe.hessian_diagonal, CurvatureProbe.hessian_trace])
+def test_what_is_not_finite_in_a_later_batch_is_told_of(measure: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh())
+    nn.init.ones_(model[0].weight)
+    batches = [(torch.full((3, 2), value), torch.randn(3, 2)) for value in (1.0, torch.inf)]  # where tanh is flat
+    probe = CurvatureProbe(model)
+    with pytest.warns(CurvatureWarning, match="mean over the batches of '0' holds nan"):
+        measure(probe, F.mse_loss, batches)
+
+
 def test_batches_without_samples_count_as_nothing() -> None:
     model, parts = make(), [(X[:0], Y[:0]), (X[:6], Y[:6]), (X[:0], Y[:0]), (X[6:], Y[6:])]
     expected = hessian_by_element(model, F.cross_entropy, X, Y)

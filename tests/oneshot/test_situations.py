@@ -643,6 +643,12 @@ def test_results_that_are_not_finite_say_so() -> None:
         per_layer_hessian_diagonal(model, root, torch.randn(3, 2), None)
     with pytest.raises(NonFiniteError, match="root or norm of zero"):
         per_layer_fisher_diagonal(model, root, torch.randn(3, 2), None)
+    with CurvatureProbe(model, reduction="mean") as probe:
+        with pytest.warns(CurvatureWarning, match="trace of '' holds nan"):
+            probe.hessian_trace(root, torch.randn(3, 2), None)
+        for inputs in (torch.randn(3, 2), [(torch.randn(3, 2), None)] * 2):
+            with pytest.raises(NonFiniteError, match="root or norm of zero"):
+                probe.hessian_eigenvalues(root, inputs)
 
 
 def test_our_own_work_warns_of_nothing() -> None:
