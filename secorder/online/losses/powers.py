@@ -9,7 +9,7 @@ batch of another size comes (:mod:`.sizes`).
 
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
@@ -65,6 +65,9 @@ CURVED = frozenset({
     "Logsumexp", "Sigmoid", "Softmax", "Softplus", "Tanh",
 })  # fmt: skip
 
+#: What takes a number as often as the shape of another tensor, or a shape that is given, tells.
+BROADCASTS = frozenset({"Add", "Div", "Expand", "Mul", "Repeat", "Rsub", "Sub", "Where"})
+
 #: What adds up products, or powers, of numbers, with no factor of its own.
 ADDS = frozenset({"Bmm", "Dist", "Dot", "LinalgVectorNorm", "Mm", "Mv", "Norm"})
 
@@ -92,8 +95,6 @@ class _Walk:
     leads: Collection[Node]  #: the nodes on the way, those that computed the outputs included
     sizes: set[int]  #: how many numbers of the samples there are on the way, and the number of samples
     alike: Counter[str]  #: how many nodes there are of each operation
-    #: by kind, how many samples one number is of that it makes
-    samples_of: dict[object, int] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -110,8 +111,8 @@ def paths_of(loss: SeenLoss, samples: int, told: str) -> set[Path]:
     walk = _Walk(loss, samples, told, leads, sizes, Counter(map(operation_of, loss.order)))
     found: dict[Node, dict[int, set[Path]]] = {}
     for (node, number), g in loss.roots.items():
-        if g.numel() and uniform(g.abs()):  # others, such as of a loss that this graph does not hold, tell nothing
-            _reach(found, (node, number), _multiplied(walk, [Path()], g.abs(), whole=not g.dim()))
+        if bool(g.any()) and uniform(g.abs()):  # others, such as of a loss that this graph does not hold, tell nothing
+            _reach(found, (node, number), [_scaled(walk, Path(), float(g.abs().amax()), whole=not g.dim())])
     for node in loss.order:
         for number, paths in found.pop(node, {}).items():
             if len(paths) > MOST:
@@ -150,9 +151,14 @@ def _through(walk: _Walk, paths: Collection[Path], place: Place, index: int) -> 
     if rows := selected(node):
         return [_chosen(walk, path, *rows) for path in paths]
     by = multiplier(node, index, walk.leads, walk.samples, number)
+    times, alike = copies(walk.loss, walk.samples, node, index)
+    if times > 1 and alike:  # which undoes the latest mean, if there was one
+        by = run_node(node, [ones_for(node)], index) / times
+        own = ((x, x.scale * (1 if x.mean else times)) for x in paths)
+        paths = [x._replace(power=x.power + 1, scale=scale, mean=False) for x, scale in own]
     if by is None or not by.numel():
         joins = operation_of(node) not in ADDS and prod(shape_of(*place)) < walk.samples and _mixes(place, index)
-        if joins and _samples_of(walk, *place) > 1:
+        if joins and _samples_of(walk.loss, *place) > 1:
             g = pull_back(walk.loss.roots, {place}).get(place)
             if g is None or not bool(g.any()):
                 return []  # a term that is switched off
@@ -162,18 +168,34 @@ def _through(walk: _Walk, paths: Collection[Path], place: Place, index: int) -> 
         # Of outputs that may be squared later nothing is known; a temperature's square outside is no number of samples.
         paths = [path._replace(likely=0) for path in paths if path.inside]
     whole = prod(shape_of(*place)) == 1
-    divides, counted = operation_of(node) == "Div", divides_by_tensor(node)
-    return _multiplied(walk, paths, by, divides=divides, whole=whole, counted=counted)
-
-
-def _multiplied(walk: _Walk, paths: Collection[Path], by: Tensor, **how: bool) -> list[Path]:
-    """Behind a product with constants; without those of terms that are switched off. See :func:`_scaled`."""
     if uniform(by):
-        factor = abs(float(by.flatten()[0]))
+        factor, counted = abs(float(by.flatten()[0])), divides_by_tensor(node)
+        how = {"divides": operation_of(node) == "Div", "whole": whole, "counted": counted}
         return [_scaled(walk, path, factor, **how) for path in paths] if factor else []
-    # Weights that add up to one, or that are a part of each sample's loss.
-    one = not by.numel() % walk.samples and abs(float(by.sum()) - 1) < 1e-5
+    # Weights that add up to one, which are no mask that leaves one, or that are a part of each sample's loss.
+    one = not by.numel() % walk.samples and abs(float(by.sum()) - 1) < 1e-5 and float(by.max()) < 1
+    one = one and of_several(walk.loss, node.next_functions[index])
     return [path._replace(power=path.power - one, mean=path.mean or one) for path in paths]
+
+
+def copies(loss: SeenLoss, samples: int, node: Node, index: int) -> tuple[int, bool]:
+    """How often a node takes a number of several samples, once or more for each of all; and whether with one factor.
+
+    As a mean over them is to which losses of samples are added. Of any other input, once.
+    """
+    before = node.next_functions[index]
+    times, rest = divmod(prod(shape_of(node, 0)), prod(shape_of(*before)) or 1)
+    if rest or times < samples or times % samples or operation_of(node) not in BROADCASTS:
+        return 1, True
+    try:
+        if _samples_of(loss, *before) < 2:
+            return 1, True
+    except UnknownNode:
+        return 1, True
+    ones = ones_for(node)
+    drawn = torch.rand(ones.shape, generator=fresh_generator(), device="cpu").to(ones)
+    whole, part = (run_node(node, [g], index) for g in (ones, drawn))
+    return times, torch.allclose(part * times, whole * drawn.sum_to_size(whole.shape))
 
 
 def _squared(walk: _Walk, by: Tensor) -> int:
@@ -236,8 +258,9 @@ def _added(walk: _Walk, path: Path, count: int) -> Path:
 
 def _chosen(walk: _Walk, path: Path, rows: int, *rest: int) -> Path:
     """Behind the choice of some rows, such as of tokens by a mask, which may not be as many of each sample."""
-    whole = not rows % walk.samples and (rows == walk.samples or not differ(walk.loss, 1))
-    if not path.number or path.number % rows or whole or walk.samples in rest:
+    held = not rows % walk.samples or walk.samples in rest
+    whole = rows == walk.samples or (held and not differ(walk.loss, 1))
+    if not path.number or path.number % rows or whole:
         return path
     why = f"a mean of {rows} that were selected for {walk.samples} samples"
     power = min(path.power + 1, 0) if walk.told == "mean" else path.power
@@ -248,6 +271,15 @@ def _mixes(place: Place, index: int) -> bool:
     """Whether the first number that a node makes is of several that it is given."""
     node, number = place
     return int(run_node(node, alone(node, number, _first(node, number)), index).count_nonzero()) > 1
+
+
+def of_several(loss: SeenLoss, place: Place) -> bool:
+    """Whether a tensor is of more than one sample, as far as its graph tells."""
+    try:
+        found = samples_behind(place, ones_for(*place), loss.outputs, fresh_generator())
+    except UnknownNode:
+        return True
+    return len(set().union(*found.values())) > 1
 
 
 def _first(node: Node, number: int) -> Tensor:
@@ -268,18 +300,18 @@ def _joins(walk: _Walk, node: Node) -> bool:
     if prod(shape_of(node, 0)) == 1 and walk.alike[operation_of(node)] == 1:
         return True
     try:
-        return _samples_of(walk, node, 0) != 1  # where the gradient is zero, it is not known
+        return _samples_of(walk.loss, node, 0) != 1  # where the gradient is zero, it is not known
     except UnknownNode:
         return True
 
 
-def _samples_of(walk: _Walk, node: Node, number: int) -> int:
+def _samples_of(loss: SeenLoss, node: Node, number: int) -> int:
     """How many samples the first number is of that a node makes; zero where its gradient is."""
     kind = _kind(node, number)
-    if kind not in walk.samples_of:
-        found = samples_behind((node, number), _first(node, number), walk.loss.outputs, fresh_generator())
-        walk.samples_of[kind] = len(set().union(*found.values()))
-    return walk.samples_of[kind]
+    if kind not in loss.samples_of:
+        found = samples_behind((node, number), _first(node, number), loss.outputs, fresh_generator())
+        loss.samples_of[kind] = len(set().union(*found.values()))
+    return loss.samples_of[kind]
 
 
 def differ(loss: SeenLoss, classes: int) -> bool:

@@ -1,7 +1,7 @@
 """What is seen of a loss as a backward pass begins: the graph between it and the outputs that it is made of."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
@@ -24,6 +24,8 @@ class SeenLoss:
     order: Sequence[Node]  #: the nodes between the loss and the outputs, the loss first
     outputs: Mapping[Place, Output]  #: of the model, or of layers, by where the graph has them
     groups: Mapping[int, int]  #: by number of a group of outputs whose row n is one sample, how many samples these hold
+    #: by kind of node, how many samples one number is of that it makes, as far as it was asked for
+    samples_of: dict[object, int] = field(default_factory=dict)
 
     def of_group(self, group: int) -> "SeenLoss":
         """What there is of it between the loss and the outputs of one group, all others being constants."""

@@ -13,8 +13,13 @@ from torch import Tensor
 from ..._torch.graph import Node, run_node
 from ..._torch.loss_graph import UnknownNode, pull_back
 from ..._torch.loss_terms import hides, is_mean, mean_over_targets, multiplier, uniform, weights_within
-from .powers import WEIGHTED, differ
+from .powers import WEIGHTED, copies, differ, of_several
 from .seen import SeenLoss
+
+_TOO_LATE = (
+    "the loss multiplies one number of all samples, such as their mean, by numbers of each of them, which then do not "
+    'weight their losses: multiply the losses of samples (reduction="none") before they are added up.'
+)
 
 #: Operations by constants that are looked at, at most.
 MOST_WEIGHTED = 8
@@ -28,7 +33,19 @@ def weights_of_loss(loss: SeenLoss, num_samples: int) -> str:
             return WEIGHTED.format("class weights in a mean")
         if bool(mean.ignored.any()) and differ(loss, mean.classes):
             return WEIGHTED.format("a mean over targets that are not ignored, of which some have more than others")
+    if any(_too_late(loss, num_samples, node) for node in loss.order if not hides(node)):
+        return _TOO_LATE
     return WEIGHTED.format("weights that add up to one") if _normalised(loss, num_samples) else ""
+
+
+def _too_late(loss: SeenLoss, num_samples: int, node: Node) -> bool:
+    """Whether a node multiplies one number of several samples by numbers of each, other than to average these."""
+    for index, place in enumerate(node.next_functions):
+        times, alike = copies(loss, num_samples, node, index) if place[0] is not None else (1, True)
+        if times > 1 and not alike:
+            found = pull_back(loss.roots, {place}).get(place)
+            return found is not None and not _near(abs(float(found.sum())), 1)
+    return False
 
 
 def _normalised(loss: SeenLoss, num_samples: int) -> bool:
@@ -39,6 +56,11 @@ def _normalised(loss: SeenLoss, num_samples: int) -> bool:
     """
     factors = {1.0}
     found = []
+    for place, g in loss.roots.items():
+        other = bool(g.any()) and not uniform(g) and place not in loss.outputs
+        rows = _by_sample(g, num_samples) if other else None
+        if rows is not None and _near(float(rows.sum()), 1) and not _by_chance(rows, factors):
+            return True
     for node, index, by in _multipliers(loss):
         if uniform(by):
             factors.add(abs(float(by.flatten()[0])))
@@ -59,7 +81,8 @@ def _normalised(loss: SeenLoss, num_samples: int) -> bool:
             each = rows.sum(1).double()
         total, columns = abs(float(each.sum())), by.numel() / num_samples
         one = any(_near(total, factor, factor * columns) for factor in factors)
-        if one and float(each.max() - each.min()) > 1e-3 * total / num_samples:
+        place = (node, 0) if index is None else node.next_functions[index]
+        if one and float(each.max() - each.min()) > 1e-3 * total / num_samples and of_several(loss, place):
             return True
     return False
 

@@ -299,6 +299,13 @@ NEITHER: dict[str, tuple[Criterion, str, str]] = {
         '="sum"',
     ),
     "a small sum": (lambda z, t: 0.01 * F.cross_entropy(z, t, reduction="sum"), "mean", 'reduction="sum"'),
+    "a mean, once for each sample": (lambda z, t: F.cross_entropy(z, t).expand(len(z)).sum(), "mean", '="sum"'),
+    "a mean beside numbers of samples": (lambda z, t: (F.cross_entropy(z, t) + 0.0 * t).sum(), "mean", '="sum"'),
+    "a mask after a mean": (
+        lambda z, t: torch.where(t > 0, F.cross_entropy(z, t), 0.0).sum(),
+        "mean",
+        "numbers of each of them",
+    ),
     "weights of terms": (
         lambda z, t: torch.tensor([0.7, 0.3]).to(z) @ torch.stack([z.square().sum(), z.exp().sum()]),
         "mean",
@@ -335,6 +342,8 @@ AS_TOLD: dict[str, tuple[Criterion, str]] = {
     "a few rows": (lambda z, t: (z[t > 0].square().sum() + z[t == 0].abs().sum()) / len(z), "mean"),
     "a temperature": (lambda z, t: F.cross_entropy(z * 6, t), "mean"),
     "a temperature of a sum": (lambda z, t: F.cross_entropy(z / 6, t, reduction="sum"), "sum"),
+    "a mean beside losses": (lambda z, t: (F.cross_entropy(z, t) + z.square().sum(1)).mean(), "mean"),
+    "a mean beside losses, in a sum": (lambda z, t: (F.cross_entropy(z, t) + z.square().sum(1)).sum(), "sum"),
     "a term that is switched off": (lambda z, t: F.cross_entropy(z, t) + 0.0 * z.square().sum(), "mean"),
 }
 
@@ -345,6 +354,17 @@ def test_what_is_as_told_is_exact(name: str) -> None:
     came = followed(criterion, told)
     assert came.exact, came.refused
     assert not came.warned
+
+
+def test_a_mean_over_some_samples_that_have_as_many_numbers_as_there_are_samples() -> None:
+    came = followed(lambda z, _: z[torch.arange(max(len(z) - 1, 1))].square().mean(), "mean", 3)
+    assert came.refused
+    assert all("a mean of 2 that were selected" in reason for reason in came.refused.values())
+
+
+def test_a_mask_that_leaves_one_sample_is_no_mean() -> None:
+    came = followed(lambda z, t: (z.square().sum(1) * torch.tensor([0.0, 1.0]).to(z)).sum(), "mean", 2)
+    assert came.refused
 
 
 def test_weights_that_are_learnt_are_constants_of_the_loss() -> None:

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from secorder import CurvatureProbe
 from secorder._torch.graph import tells_recomputation
+from secorder.online.reading import unreadable
 
 from ...helpers import Net, data, make
 from ..loops import follow, rows
@@ -169,6 +171,49 @@ def test_weights_that_add_up_to_one(criterion: Criterion, told: str) -> None:
     came = follow(make(), [data(n) for n in (6, 7)], loss, reduction=told)
     assert came.refused
     assert all("token_weights" in reason for reason in came.refused.values())
+
+
+@pytest.mark.parametrize("told", ["mean", "sum"])
+def test_weights_that_backward_is_given(told: str) -> None:
+    model = make()
+    with CurvatureProbe(model, reduction=told) as probe:
+        for n in (6, 7):
+            x, t = data(n)
+            losses = F.cross_entropy(model(x), t, reduction="none")
+            losses.backward(of_sample(losses) / of_sample(losses).sum())
+        assert all("token_weights" in reason for reason in unreadable(probe._fisher).values())
+        assert unreadable(probe._fisher)
+
+
+@pytest.mark.parametrize("told", ["mean", "sum"])
+@pytest.mark.parametrize("reduce", [torch.mean, torch.sum])
+def test_weights_of_what_was_added_up_before_weight_no_losses(reduce: Any, told: str) -> None:
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        z = m(b[0])
+        return reduce(F.cross_entropy(z, b[1], reduction=told) * of_sample(z))
+
+    came = follow(make(), [data(n) for n in (6, 7)], loss, reduction=told)
+    assert came.refused
+    assert all("before they are added up" in reason for reason in came.refused.values())
+
+
+def test_an_average_of_one_mean_is_that() -> None:
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        z = m(b[0])
+        return (F.cross_entropy(z, b[1]) * of_sample(z)).sum() / of_sample(z).sum()
+
+    assert follow(make(), [data(n) for n in (6, 7)], loss).exact
+
+
+@pytest.mark.parametrize("told", ["mean", "sum"])
+def test_weights_within_a_sample_are_its_loss_s_own(told: str) -> None:
+    """As those of errors in order are, which add up to one, and are a multiple of the samples as many."""
+
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        losses = torch.stack([z.sort()[0] @ torch.tensor([0.1, 0.2, 0.3, 0.4]).to(z) for z in m(b[0])[:, [0, 1, 2, 0]]])
+        return losses.mean() if told == "mean" else losses.sum()
+
+    assert follow(make(), [data(n) for n in (2, 4, 2)], loss, reduction=told).exact
 
 
 #: Of which each is a mean, or a half of one.
