@@ -52,11 +52,14 @@ def outputs_independent(
 
     Where samples that take one another's places, some of them twice and others not at all, all keep the outputs that
     they had, the one forward tells. Where they do not (of dropout, each place has its own), are too much alike, or may
-    not stand in another order (sorted by length), there are more.
+    not stand in another order (sorted by length), there are more. What all samples decide together may stay as it is in
+    all of these; so samples that fill a batch of their own must keep their outputs too.
     """
     run = forward or isolated.forward
     before = without_gradients(run, inputs) if output is None else output
     base = [t.detach() if output is not None else t.detach().clone() for t in tensors_in(before)]
+    if not _as_alone(run, inputs, base, count, sample_dim):
+        return False
     if count > 2 and _places_exchanged(run, inputs, base, count, sample_dim):
         return True
     in_order = False
@@ -120,6 +123,32 @@ def _places_exchanged(
         expected = before.index_select(dim, order.to(before.device))
         if expected.shape != after.shape or bool(changed_entries(expected, after).any()):
             return False
+    return True
+
+
+def _as_alone(run: Callable[[Any], Any], inputs: Any, base: Sequence[Tensor], count: int, sample_dim: int) -> bool:
+    """Whether some samples, each twice in a batch of its own, have the outputs that they had in the batch of all.
+
+    Not so where a branch, a number or the size of the batch goes by all samples. Where the two differ (of dropout, each
+    place has its own), or the model does not take such a batch, nothing is told.
+    """
+    for sample in sorted({0, count // 2, count - 1}):
+
+        def twice(tensor: Tensor, sample: int = sample) -> Tensor:
+            dim = sample_dimension(tensor, count, sample_dim)
+            both = torch.tensor([sample] * 2, device=tensor.device)
+            return tensor if dim is None else tensor.index_select(dim, both)
+
+        try:
+            found = without_gradients(run, map_tensors(twice, inputs))
+        except Exception:  # of the model
+            return True
+        for before, after, dim in _placed(base, found, count, sample_dim):
+            expected = twice(before)
+            if expected.shape != after.shape or bool(changed_entries(after, after.flip(dim)).any()):
+                return True
+            if bool(changed_entries(expected, after).any()):
+                return False
     return True
 
 

@@ -1,5 +1,7 @@
 """Do samples act on one another?"""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -175,3 +177,19 @@ def test_a_scale_by_the_largest_number_of_the_batch_is_seen_whoever_holds_it(cou
             assert not outputs_independent(isolated, x, count, 0)
         with pytest.raises(CouplingError):
             per_layer_fisher_diagonal(model, nn.functional.mse_loss, x, torch.randn(count, 2))
+
+
+@pytest.mark.parametrize(
+    ("factor", "expected"),
+    [
+        (lambda x: 2.0 if bool(x.mean() > 0) else 1.0, False),
+        (lambda x: float(x.median()), False),
+        (len, False),
+        (lambda x: (x.mean(1, keepdim=True) > 0) + 1.0, True),
+        (lambda x: nn.functional.dropout(torch.ones_like(x)), True),
+    ],
+)
+def test_what_all_samples_decide_together_is_seen(factor: Any, expected: bool) -> None:
+    x = torch.tensor([-1.0, 2.0, 3.0, 1.0, 2.0, 3.0])[:, None].expand(6, 4).contiguous()
+    with isolate(Fn(lambda x: x * factor(x)), None, []) as isolated:
+        assert outputs_independent(isolated, x, 6, 0) is expected
