@@ -1,13 +1,14 @@
 """Findings: what stands out in the curvature of a model, in words."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from ..errors import CouplingError
 from ..results import Diagonals, Strategy
 from .html import html_list
+from .names import Numbers
 from .table import Report, report
 from .terminal import Console, ConsoleOptions, Group, RenderResult, Text
 
@@ -157,16 +158,35 @@ def find(
 ) -> list[Finding]:
     """What stands out, the model's before its layers'; a mean loss makes the Hessian a sum over ``samples`` = 1."""
     curved, gathered = statistics["hessian"], without_tables(statistics.get("fisher", {}), hessian)
-    traces = {name: row["trace"] for name, row in (gathered or curved).items()}
-    whole = sum(traces.values()) if len(traces) > 2 else 0.0
+    values = shares(gathered, curved, {name: row["trace"] for name, row in (gathered or curved).items()})
     found = [] if coupled is None else [finding("coupled", "", 1.0, f"{TEXTS['coupled']}: {coupled}")]
     for name, row in curved.items():
-        own = gathered.get(name)
-        share = traces.get(name, 0.0) / whole if whole > 0 else 0.0
-        unused = hessian.info[name].strategy == Strategy.UNUSED
-        found += _findings_of_layer(name, row, own, unused, hessian[name].numel(), share, samples)
+        own, here = gathered.get(name), {kind: of_kind[name] for kind, of_kind in values.items() if name in of_kind}
+        all_zero = own is not None and own["zero"] == row["zero"] == 1.0
+        if here["non-finite"] > 0:
+            here = {"non-finite": here["non-finite"]}
+        elif all_zero or hessian.info[name].strategy == Strategy.UNUSED:
+            here = {"unreached": float(hessian[name].numel())}
+        elif own is not None and own["trace"] > 0:
+            ratio, most = abs(row["trace"]) / samples / own["trace"], THRESHOLDS["disagreement"]
+            if not 1 / most <= ratio <= most:
+                found.append(replace(finding("disagreement", name, ratio), threshold=most if ratio > 1 else 1 / most))
+        found += [finding(kind, name, x) for kind, x in here.items() if x > 0 and x >= THRESHOLDS.get(kind, 0.0)]
     order = list(THRESHOLDS)
     return sorted(found, key=lambda f: (f.layer != "", order.index(f.kind) if f.kind in order else 0))
+
+
+def shares(fisher: Numbers, hessian: Numbers, traces: Mapping[str, float]) -> dict[FindingKind, dict[str, float]]:
+    """By kind and layer, what thresholds are held against of statistics of diagonals, each by layer, and of traces."""
+    bad = {name: row["nonfinite"] for name, row in fisher.items()}
+    bad |= {name: max(bad.get(name, 0.0), row["nonfinite"]) for name, row in hessian.items()}
+    whole = sum(traces.values()) if len(traces) > 2 else 0.0
+    return {
+        "non-finite": bad,
+        "dead": {name: row["zero"] for name, row in fisher.items()},
+        "saddle": {name: row["negative"] for name, row in hessian.items()},
+        "dominant": {name: trace / whole for name, trace in traces.items()} if whole > 0 else {},
+    }
 
 
 def without_tables(statistics: Mapping[str, dict[str, float]], diagonals: Diagonals) -> dict[str, dict[str, float]]:
@@ -179,34 +199,3 @@ def without_tables(statistics: Mapping[str, dict[str, float]], diagonals: Diagon
 def finding(kind: FindingKind, layer: str, value: float, text: str | None = None) -> Finding:
     """A finding with its threshold and its text."""
     return Finding(kind, layer, value, THRESHOLDS.get(kind, 0.0), TEXTS[kind] if text is None else text)
-
-
-def _findings_of_layer(
-    name: str,
-    row: dict[str, float],
-    own: dict[str, float] | None,
-    unused: bool,
-    numel: int,
-    share: float,
-    samples: int,
-) -> Iterator[Finding]:
-    """What stands out in a layer, by the statistics of its Hessian and, if there is one, its own of the Fisher."""
-    bad = max(row["nonfinite"], own["nonfinite"] if own else 0.0)
-    if bad > THRESHOLDS["non-finite"]:
-        yield finding("non-finite", name, bad)
-        return
-    if unused or (own is not None and own["zero"] == 1.0 and row["zero"] == 1.0):
-        yield finding("unreached", name, float(numel))
-        return
-    if own is not None and own["zero"] >= THRESHOLDS["dead"]:
-        yield finding("dead", name, own["zero"])
-    if share >= THRESHOLDS["dominant"]:
-        yield finding("dominant", name, share)
-    if row["negative"] >= THRESHOLDS["saddle"]:
-        yield finding("saddle", name, row["negative"])
-    if own is not None and own["trace"] > 0:
-        ratio = abs(row["trace"]) / samples / own["trace"]
-        if not 1 / THRESHOLDS["disagreement"] <= ratio <= THRESHOLDS["disagreement"]:
-            yield replace(
-                finding("disagreement", name, ratio), threshold=THRESHOLDS["disagreement"] ** (1 if ratio > 1 else -1)
-            )

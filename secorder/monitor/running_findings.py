@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .._caution import caution
-from .findings import THRESHOLDS, Finding, FindingKind, finding
+from .findings import THRESHOLDS, Finding, FindingKind, finding, shares
 from .names import WHOLE_MODEL, Numbers
 
 __all__ = ["Change"]
@@ -121,16 +121,11 @@ def _values(
     point: Observation, earlier: "deque[Mapping[str, float]]", noise: "deque[tuple[float, float]]"
 ) -> dict[FindingKind, dict[str, float]]:
     """Of each kind that this point can tell, the number of each layer that is held against the threshold."""
-    found: dict[FindingKind, dict[str, float]] = {}
-    found["non-finite"] = _not_finite(point)
-    if point.fisher:
-        found["dead"] = {name: row["zero"] for name, row in point.fisher.items()}
-    if point.hessian:
-        found["saddle"] = {name: row["negative"] for name, row in point.hessian.items()}
     traces = point.numbers.get("fisher_trace", {})
-    whole = sum(traces.values())
-    if len(traces) > 2 and whole > 0:
-        found["dominant"] = {name: trace / whole for name, trace in traces.items()}
+    found = shares(point.fisher, point.hessian, traces)
+    loss = point.numbers.get(WHOLE_MODEL, {}).get("loss")
+    gone = {name: 1.0 for name in point.left_out if name not in point.fisher}  # of which no gradient was left
+    found["non-finite"] |= gone if loss is None else {"": float(not math.isfinite(loss)), **gone}
     if traces and earlier:
         least = {name: min((row[name] for row in earlier if row.get(name, 0) > 0), default=math.nan) for name in traces}
         found["growing"] = {name: trace / least[name] for name, trace in traces.items()}
@@ -140,16 +135,6 @@ def _values(
         found["noisy"] = {"": variance / signal / point.batch_size if signal > 0 else math.inf}
     if "learning_rate_times_eigenvalue" in point.numbers:
         found["edge"] = point.numbers["learning_rate_times_eigenvalue"]
-    return found
-
-
-def _not_finite(point: Observation) -> dict[str, float]:
-    """The share of each layer that is nan or infinite: all of it where no gradient was left; of the model, the loss."""
-    loss = point.numbers.get(WHOLE_MODEL, {}).get("loss")
-    found = {} if loss is None else {"": float(not math.isfinite(loss))}
-    found |= dict.fromkeys(point.left_out, 1.0) | {name: row["nonfinite"] for name, row in point.fisher.items()}
-    for name, row in point.hessian.items():
-        found[name] = max(found.get(name, 0.0), row["nonfinite"])
     return found
 
 
