@@ -9,7 +9,7 @@ from contextlib import nullcontext, redirect_stdout
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -20,9 +20,11 @@ from .batch import NO_BATCH
 from .core.diagnosis import diagnose
 from .errors import InvalidArgumentError, InvalidTypeError, SecorderError
 from .monitor.findings import Diagnosis
+from .monitor.table import SortKey
 from .monitor.terminal import Console
 from .monitor.watch import watch
 from .oneshot.data_set import inputs_and_targets
+from .oneshot.hessian.budget import HessianMethod
 from .oneshot.loss import losses
 
 #: Width of what goes into a file or another program, unless ``COLUMNS`` says it.
@@ -72,10 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=int, default=64, help="samples measured at a time (default: 64)")
     command.add_argument("--layers", nargs="*", help="names or patterns of layers (default: Linear and Conv2d)")
     command.add_argument("--all-layers", action="store_true", help="every layer with parameters")
-    command.add_argument("--method", choices=("auto", "exact", "hutchinson"), default="auto", help="of the Hessian")
+    command.add_argument("--method", choices=get_args(HessianMethod), default="auto", help="of the Hessian")
     command.add_argument("--num-draws", type=int, help="draws of an estimated Hessian")
     command.add_argument("--reduction", choices=("mean", "sum"), help="of the loss (default: found out)")
-    command.add_argument("--sort-by", choices=("name", "parameters", "trace", "mean", "std", "max", "negative"))
+    command.add_argument("--sort-by", choices=get_args(SortKey))
     command.add_argument("--depth", type=int, help="parts of a name: layers that begin alike share one row")
     command.add_argument("--json", metavar="FILE", help="write statistics and findings; - for standard output")
     command.add_argument("--logdir", type=Path, help="write TensorBoard logs to this folder")

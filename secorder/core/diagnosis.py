@@ -58,12 +58,8 @@ def diagnose(
             itself a tensor, tuple, list or dict): the result is that of all its samples together.
         targets: what ``loss_fn`` takes second; None with a ``DataLoader``.
         layer_types, layers, frozen: as for :class:`secorder.CurvatureProbe`.
-        method: how the Hessian is measured: ``"auto"``, ``"exact"`` or ``"hutchinson"``.
-        num_draws: draws of an estimate.
-        rtol: relative error that an estimate is drawn down to.
-        max_draws: draws at most, with ``rtol``; 10,000 by default.
-        max_hvps: with ``"auto"``, Hessian-vector products that an exact layer may take.
-        chunk_size: products batched at most.
+        method, num_draws, rtol, max_draws, max_hvps, chunk_size: of the Hessian, as for
+            :meth:`secorder.CurvatureProbe.hessian_diagonal`.
         reduction: how the loss reduces samples, ``"mean"`` or ``"sum"``, which the Hessian of several batches depends
             on; by default it is found out from the loss of a batch and of its halves.
         sample_dim: the dimension of the inputs that holds the samples.

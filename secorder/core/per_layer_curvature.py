@@ -50,18 +50,11 @@ def per_layer_hessian_diagonal(
         targets: what ``loss_fn`` takes second.
         layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``.
         create_graph: make the diagonals differentiable with respect to the model's parameters.
-        layers: names or patterns of layers, as for :class:`secorder.CurvatureProbe`.
-        frozen: measure frozen layers too; by default they are left out where others are trained, unless ``layers``
-            names them.
+        layers, frozen: as for :class:`secorder.CurvatureProbe`.
         method: ``"auto"``, exact where that is affordable, else an estimate, with a warning; ``"exact"``;
             ``"hutchinson"`` for an unbiased estimate.
-        num_draws: draws of an estimate.
-        rtol: relative error that an estimate is drawn down to.
-        max_draws: draws at most, with ``rtol``; 10,000 by default.
-        max_hvps: with ``"auto"``, Hessian-vector products that an exact layer may take.
-        generator: random numbers of the draws and checks.
-        chunk_size: Hessian-vector products batched at most.
-        progress: show a progress bar.
+        num_draws, rtol, max_draws, max_hvps, generator, chunk_size, progress: as for
+            :meth:`secorder.CurvatureProbe.hessian_diagonal`.
         sample_dim: the dimension of the inputs that holds the samples; or a mapping of argument names to it, None for
             one that all samples share, such as a mask.
 
@@ -129,16 +122,10 @@ def per_layer_fisher_diagonal(
         targets: what ``loss_fn`` takes second.
         layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``.
         create_graph: make the diagonals differentiable with respect to the model's parameters.
-        layers: names or patterns of layers, as for :class:`secorder.CurvatureProbe`.
-        frozen: measure frozen layers too; by default they are left out where others are trained, unless ``layers``
-            names them.
+        layers, frozen: as for :class:`secorder.CurvatureProbe`.
         fisher_type: ``"empirical"``, ``"type-2"`` (exact, the GGN) or ``"mc"`` (its estimate).
-        num_draws: draws of ``"mc"``.
-        rtol: of ``"type-2"``, the heaviest columns of each sample and draws of the rest, to this relative error.
-        max_draws: draws at most, with ``rtol``; 10,000 by default.
-        generator: random numbers of ``"mc"`` and of the checks.
-        chunk_size: vector-Jacobian products batched at most.
-        progress: show a progress bar.
+        num_draws, rtol, max_draws, generator, chunk_size, progress: as for
+            :meth:`secorder.CurvatureProbe.fisher_diagonal`.
         sample_dim: the dimension of the inputs that holds the samples; or a mapping of argument names to it, None for
             one that all samples share, such as a mask.
 

@@ -12,7 +12,7 @@ from .heat_map import heat_map
 from .history import History
 from .names import WHOLE_MODEL, Numbers, flat, shown
 from .sinks.sink import give, several, sinks_of
-from .statistics import LayerSummary, layer_statistics, summarize
+from .statistics import LayerSummary, summarize
 
 __all__ = ["CurvatureLog", "log_diagonals"]
 
@@ -33,9 +33,9 @@ def log_diagonals(sinks: Any, diagonals: Mapping[str, Tensor], step: int, kind: 
     """Give numbers and a histogram of every layer's diagonal to a sink.
 
     Numbers are ``kind_statistic/layer`` (``fisher_trace/conv1``) for the trace, the mean and the largest entry; for a
-    Hessian also the share of ``negative`` entries; and ``nonfinite``, the share of entries that are nan or infinite,
-    where there are any. Histograms are of ``log10 |entry|``, as ``kind_histogram_log10/layer``. Everything travels to
-    the host in one transfer.
+    Hessian also the share of ``negative`` entries; ``nonfinite``, the share of entries that are nan or infinite, where
+    there are any; and ``model/kind_trace`` of all layers together. Histograms are of ``log10 |entry|``, as
+    ``kind_histogram_log10/layer``. Everything travels to the host in one transfer.
 
     Args:
         sinks: a sink, or what makes one (:func:`secorder.monitor.sinks.sink.sink_of`): a ``SummaryWriter``, a path; or
@@ -56,12 +56,9 @@ def log_diagonals(sinks: Any, diagonals: Mapping[str, Tensor], step: int, kind: 
         ...     log_diagonals(writer, {"fc1": torch.rand(10), "fc2": torch.rand(5)}, step=0, kind="fisher")
     """
     require_integer("step", step, 0)
-    summaries = summarize(diagonals)
-    made = sinks_of(sinks)
-    statistics = {name: summary.statistics for name, summary in summaries.items()}
-    give(made, "scalars", step, flat(numbers_of(kind, statistics)))
-    for name, edges, counts in _histograms(kind, summaries):
-        give(made, "histogram", step, name, edges, counts)
+    log = CurvatureLog(sinks, strict=True)
+    log.diagonals(kind, diagonals, step)
+    log.close()
 
 
 def numbers_of(kind: str, statistics: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -124,16 +121,20 @@ class CurvatureLog:
     def histograms(self, kind: str, diagonals: Mapping[str, Tensor], step: int) -> None:
         """Give histograms of diagonals to the sinks that take them."""
         if any(hasattr(sink, "histogram") for sink in self._sinks):
-            for name, edges, counts in _histograms(kind, summarize(diagonals)):
-                self._give("histogram", step, name, edges, counts)
+            self._histograms(kind, summarize(diagonals), step)
+
+    def _histograms(self, kind: str, summaries: Mapping[str, LayerSummary], step: int) -> None:
+        for name, edges, counts in _histograms(kind, summaries):
+            self._give("histogram", step, name, edges, counts)
 
     def diagonals(self, kind: str, diagonals: Mapping[str, Tensor], step: int) -> None:
         """Log diagonals: see :func:`log_diagonals`."""
-        numbers = numbers_of(kind, layer_statistics(diagonals))
+        summaries = summarize(diagonals)
+        numbers = numbers_of(kind, {name: summary.statistics for name, summary in summaries.items()})
         again = set(map(shown, diagonals.repeated)) if isinstance(diagonals, Diagonals) else set()
         whole = {f"{kind}_trace": sum(x for name, x in numbers[f"{kind}_trace"].items() if name not in again)}
         self.numbers({**numbers, WHOLE_MODEL: whole}, step)
-        self.histograms(kind, diagonals, step)
+        self._histograms(kind, summaries, step)
 
     def text(self, name: str, text: str, step: int) -> None:
         """Give a text in Markdown to the sinks that take one."""

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from os import PathLike
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from .._arguments import require_integer, require_path, shown
+from .._arguments import require_integer, require_one_of, require_path, shown
 from ..errors import InvalidArgumentError
 from ..results import Diagonals
 from .fitting import fitting
@@ -31,8 +31,6 @@ HISTOGRAM = 1 << 13
 TOTAL = "total"
 
 SortKey = Literal["name", "parameters", "trace", "mean", "std", "max", "negative"]
-
-_SORT_KEYS = ("name", "parameters", "trace", "mean", "std", "max", "negative")
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +160,7 @@ class Report:
         group_by: Literal["type"] | Callable[[str], str] | None = None,
         title: str | None = None,
     ) -> None:
-        if sort_by is not None and sort_by not in _SORT_KEYS:
-            raise InvalidArgumentError(f"sort_by must be one of {', '.join(_SORT_KEYS)}, got {shown(sort_by)}.")
+        require_one_of("sort_by", sort_by, (*get_args(SortKey), None))
         self._kinds = list(kinds)
         self._counted = counted
         self._title = title

@@ -88,7 +88,7 @@ def test_any_mapping_and_odd_values() -> None:
 def test_bad_input() -> None:
     with pytest.raises(InvalidArgumentError, match="needs a Fisher or a Hessian"):
         report()
-    with pytest.raises(InvalidArgumentError, match="sort_by must be one of"):
+    with pytest.raises(InvalidArgumentError, match='sort_by must be "name"'):
         report({"a": torch.ones(2)}, sort_by="size")  # type: ignore[arg-type]
 
 
