@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -12,7 +11,7 @@ from .._arguments import require_flag, require_integer, require_one_of
 from .._keywords import refuses_renamed_keywords
 from .._torch.random_state import random_state_kept
 from ..batch import NO_BATCH, batch_size
-from ..errors import CouplingError, CurvatureWarning, InvalidArgumentError, NonFiniteError
+from ..errors import CouplingError, CurvatureWarning, InvalidArgumentError, NonFiniteError, SecorderError
 from ..layers.selection import LayerTypes
 from ..monitor.findings import Diagnosis, find
 from ..monitor.progress import progress_bar
@@ -83,34 +82,32 @@ def diagnose(
     require_one_of("reduction", reduction, ("mean", "sum", None))
     require_integer("sample_dim", sample_dim, 0)
     require_flag("progress", progress)
-    several = is_data_set(inputs, targets)
-    batches: Iterable[tuple[Any, Any]] = batches_of(inputs, sample_dim) if several else [(inputs, targets)]
-    total = number_of_batches(inputs) if several else None
+    data: Iterable[Any] = inputs if is_data_set(inputs, targets) else [(inputs, targets)]
     common: dict[str, Any] = {"generator": generator, "chunk_size": chunk_size}
     drawn: dict[str, Any] = {"num_draws": num_draws, "rtol": rtol, "max_draws": max_draws, "max_hvps": max_hvps}
     Budget.checked(method, **drawn)
     fisher: Diagonals | None = None
     hessian: Diagonals | None = None
-    coupled: CouplingError | None = None
-    refused = False
+    refused: SecorderError | None = None
     seen, whole_loss, reduces = 0, 0.0, LossReduction(model, loss_fn, sample_dim, certain=reduction)
-    with ExitStack() as stack:
-        how: dict[str, Any] = {"layers": layers, "frozen": frozen, "sample_dim": sample_dim}
-        probe = stack.enter_context(CurvatureProbe(model, layer_types, **how))
-        stack.enter_context(warnings.catch_warnings())
+    with (
+        CurvatureProbe(model, layer_types, layers=layers, frozen=frozen, sample_dim=sample_dim) as probe,
+        warnings.catch_warnings(),
+        random_state_kept(model),
+        progress_bar(progress, "Curvature", number_of_batches(data), unit="batches") as advance,
+    ):
         warnings.simplefilter("ignore", CurvatureWarning)  # findings, and one warning for all batches
-        stack.enter_context(random_state_kept(model))
-        advance = stack.enter_context(progress_bar(progress, "Curvature", total, unit="batches"))
-        for x, t in batches:
+        for x, t in batches_of(data, sample_dim):
             count = batch_size(x, t, sample_dim)
             before = reduces.add_batch(x, t, count)
             if hessian is not None and before > 1:
                 hessian, whole_loss = hessian / before, whole_loss / before
             loss = losses(model, loss_fn, [(x, t)]).item()
-            if not refused:
-                part = _fisher_of_batch(probe, loss_fn, x, t, common)
-                coupled, refused = part if isinstance(part, CouplingError) else None, not isinstance(part, Diagonals)
-                fisher = _plus(fisher, count, part) if isinstance(part, Diagonals) else fisher
+            if refused is None:
+                try:
+                    fisher = _plus(fisher, count, probe.fisher_diagonal(loss_fn, x, t, **common))
+                except (CouplingError, NonFiniteError) as error:  # of the latter, the Hessian's findings tell
+                    refused = error
             weight = 1.0 if reduces.summed else float(count)
             hessian = _plus(hessian, weight, probe.hessian_diagonal(loss_fn, x, t, method=method, **drawn, **common))
             whole_loss += weight * loss
@@ -119,7 +116,8 @@ def diagnose(
     reduces.require()
     if method == "auto" and hessian is not None:
         warn_if_estimated(hessian.info)
-    return _concluded(None if refused else fisher, hessian, seen, whole_loss, reduces.summed, coupled)
+    coupled = refused if isinstance(refused, CouplingError) else None
+    return _concluded(fisher if refused is None else None, hessian, seen, whole_loss, reduces.summed, coupled)
 
 
 def _plus(total: Diagonals | None, weight: float, part: Diagonals) -> Diagonals:
@@ -144,15 +142,3 @@ def _concluded(
     statistics = {name: layer_statistics(diagonals) for name, diagonals in measured.items()}
     findings = find(hessian, statistics, seen if summed else 1, coupled)
     return Diagnosis(fisher, hessian, statistics, findings, seen, whole_loss)
-
-
-def _fisher_of_batch(
-    probe: CurvatureProbe, loss_fn: Any, inputs: Any, targets: Any, options: dict[str, Any]
-) -> Diagonals | CouplingError | None:
-    """The Fisher of a batch, or why there is none; of gradients that are not finite, the Hessian's findings tell."""
-    try:
-        return probe.fisher_diagonal(loss_fn, inputs, targets, **options)
-    except CouplingError as error:
-        return error
-    except NonFiniteError:
-        return None

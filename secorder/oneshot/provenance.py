@@ -42,17 +42,15 @@ class Calls(TorchFunctionMode):
     """Inside, PyTorch's functions are watched as a model calls them.
 
     Attributes:
-        hooked: whether a hook was, or may have been, put on a tensor's gradient.
+        hooked: whether a hook was, or may have been, put on a tensor's gradient, but for those of recordings.
         detached: whether a value left the autograd graph: a function of a tensor that requires a gradient gave one that
             does not, or a number.
         packed: whether something, such as an activation checkpoint, took what autograd saves.
         entries: are told of every call, where there are any.
     """
 
-    def __init__(self, own: Callable[[Any], bool]) -> None:
-        """Hooks for which ``own`` is true do not count."""
+    def __init__(self) -> None:
         super().__init__()
-        self._own = own
         self.entries: Entries | None = None
         self.hooked = self.detached = self.packed = False
 
@@ -68,7 +66,7 @@ class Calls(TorchFunctionMode):
             result = function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         if name == "register_hook":
-            self.hooked |= not (len(args) > 1 and self._own(args[1]))
+            self.hooked |= not (len(args) > 1 and is_watch(args[1]))
         elif name == "__get__":
             self.detached |= _attribute(function) == "data"
             self.hooked |= _attribute(function) == "grad_fn"  # which takes hooks, and tells nobody
@@ -154,7 +152,7 @@ class Traced:
 
             return call_model(model, map_tensors(once_each(leaf), copied))
 
-        calls = Calls(is_watch)
+        calls = Calls()
         try:
             output = self._run(calls, with_gradients, inputs)
         except Exception:  # such as of what takes no tensor that requires a gradient
@@ -164,7 +162,7 @@ class Traced:
         return map_tensors(partial(_detached, {id(x) for x in leaves}), output)
 
     def _watched(self, inputs: Any, *, scripted: bool) -> Any:
-        calls = Calls(is_watch)
+        calls = Calls()
 
         def forward(model: nn.Module, copied: Any) -> Any:
             if self._inputs and not scripted:
