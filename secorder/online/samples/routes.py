@@ -48,6 +48,7 @@ _RANDOM = _named("rand", "randn", "randperm", "randint", "rand_like", "randn_lik
 _FRESH = _named(
     "empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"
 )  # fmt: skip
+_LIKE = _named("to", "type_as", "expand_as", "view_as", "reshape_as")  # of the second argument, they take no numbers
 _PRODUCTS = _named("matmul", "mm", "bmm", "__matmul__") | {F.linear}
 _SELECTING = _SELECT | _FIND | _PACK | {_GET}
 
@@ -151,17 +152,18 @@ class _Routes(TorchFunctionMode):
         if func in _RANDOM:
             return ()
         states = [(t, self.states[t]) for t in given if t in self.states]
-        if not states or func in _FRESH:
+        if not states or func in _FRESH or (func in _LIKE and given[0] not in self.states):
             return None
         source = self.states.get(given[0])
         if func in _PUT and (func is not Tensor.__setitem__ or _tensors(args[1])):
             if source is not None:
                 return source
             keys = _tensors(args[1]) if func is Tensor.__setitem__ else []
-            if keys and keys[0] not in self.states and _each_row(given[0], keys):
+            place = _place(func, args, kwargs)
+            if place == 0 and self._in_rows_by_shape(keys):
                 return next((self.states.get(value, ()) for value in _tensors(args[2])), ())
             rows = self.states.get(given[-1])
-            if _place(func, args, kwargs) > 0 and self.dim == 0:
+            if place > 0 and self.dim == 0:
                 return rows or ()
             return rows[:-1] if rows else () if any(state for _, state in states) else _OPAQUE
         if func is F.embedding_bag and isinstance(offsets := kwargs.get("offsets"), Tensor):
@@ -188,9 +190,7 @@ class _Routes(TorchFunctionMode):
         if not any(index in self.states for index in indices):
             return source  # the same for all batches
         index, place = indices[0], _place(func, args, kwargs)
-        if place > 0 and self.dim == 0:
-            return source
-        if func is _GET and _each_row(given[0], indices):
+        if (place > 0 and self.dim == 0) or (func is _GET and self._in_rows_by_shape(indices)):
             return source
         if index.dim() != 1 or index.dtype is torch.bool or func in _named("gather", "take_along_dim", "take"):
             return (*source, None)
@@ -199,11 +199,9 @@ class _Routes(TorchFunctionMode):
             return source[:-1]
         return (*source, index.detach().clone())
 
-
-def _each_row(tensor: Tensor, indices: Sequence[Tensor]) -> bool:
-    """Whether these select one entry of each row of a tensor."""
-    rows = tensor.shape[0] if tensor.dim() else 0
-    return len(indices) > 1 and indices[0].shape == (rows,) and indices[0].tolist() == list(range(rows))
+    def _in_rows_by_shape(self, indices: Sequence[Tensor]) -> bool:
+        """Whether these select from rows that are the same in all batches, and by data only within them."""
+        return self.dim == 0 and len(indices) > 1 and indices[0] not in self.states
 
 
 def _is_regular(rows: Tensor) -> bool:

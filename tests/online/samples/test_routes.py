@@ -113,6 +113,19 @@ def of_routed_rows_one_place_each(m: Any, x: Tensor) -> Tensor:
     return m.head(m.expert(mask))
 
 
+def several_places_of_each_row(m: Any, x: Tensor) -> Tensor:
+    """The nearest points of each point, as of clouds."""
+    rows = torch.arange(len(x)).type_as(x).long()[:, None].repeat(1, 3)
+    near = x.argsort(1)[:, :3]
+    mask = torch.zeros(len(x), 4, dtype=x.dtype)
+    mask[torch.arange(len(x))[:, None], near] = x[rows, near]
+    return m.head(m.expert(mask))
+
+
+def several_places_of_rows_elsewhere(m: Any, x: Tensor) -> Tensor:
+    return m.head(m.expert(x[x.argsort(0), x.argsort(1)]))
+
+
 def within_routed_rows(m: Any, x: Tensor) -> Tensor:
     order = m.gate(x).argmax(1).nonzero()[:, 0]
     rows = x[order]
@@ -150,6 +163,8 @@ def across_samples(m: Any, x: Tensor) -> Tensor:
         (masked_by_lengths, set()),
         (one_place_of_each_row_elsewhere, {"expert", "head"}),
         (of_routed_rows_one_place_each, {"expert", "head"}),
+        (several_places_of_each_row, set()),
+        (several_places_of_rows_elsewhere, {"expert", "head"}),
     ],
 )
 def test_layers_of_rows_that_no_shape_tells_of(forward: Callable[..., Tensor], routed: set[str]) -> None:
