@@ -147,7 +147,7 @@ class ForwardRecord:
     autocast_dtype: torch.dtype | None = None  #: of the latest call, or that of FSDP2's policy of mixed precision
     mean: bool = True  #: whether the loss is a mean over the samples
     weights: Tensor | None = None  #: 1 / c_n for L = Σ_n c_n ℓ_n, shape (N,), where the reduction tells them
-    #: whether it is told what training multiplies the loss by; that of a model that returns its loss, if it has one
+    #: whether it is told what training multiplies its loss by
     scale_told: bool = False
     counted: Tensor | None = None  #: how many samples have a loss at all, where the reduction tells
     #: whether it waits to be added, and its samples to be counted, with those of later backward passes

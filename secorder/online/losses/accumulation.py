@@ -8,7 +8,7 @@ is seen.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isnan, prod
 
 from torch import Tensor
 
@@ -28,6 +28,11 @@ _REASON = (
     "does not say so: pass loss_scale={0} where that makes a mean of all of these, or loss_scale=1 where it is a part "
     "of the loss."
 )
+_UNKNOWN = (
+    "gradients of several backward passes are added up, of losses that the model does not return, so that "
+    'loss_scale="returned" does not tell what they are multiplied by: pass loss_scale= with the number, or with a '
+    "function that returns it."
+)
 
 
 def one_over(scale: float) -> int:
@@ -46,7 +51,7 @@ def fraction(scale: float) -> str:
 class Accumulation:
     """What is seen of it."""
 
-    #: what the loss is multiplied by, of those that are one over a whole number; one where it is none
+    #: what the loss is multiplied by, of those that are one over a whole number; one where it is none, nan if unknown
     scale: float = 1.0
     #: of a parameter that got a gradient in the latest backward, the number of its layer, its name there, and what was
     #: in ``.grad`` then
@@ -77,7 +82,7 @@ class Accumulation:
         index, name, before = self.left
         parameter = layers[index].parameters.get(name)
         if parameter is not None and parameter.grad is not None and slot(parameter) == before:
-            self.reason = _REASON.format(fraction(self.scale))
+            self.reason = _UNKNOWN if isnan(self.scale) else _REASON.format(fraction(self.scale))
         return self.reason
 
     def ended(self, layers: Sequence[Layer], records: Iterable[ForwardRecord]) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from math import prod
+from math import nan, prod
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -19,7 +19,6 @@ from ..._torch.autocast import no_autocast
 from ..._torch.beginning import before_backward, wait_no_more, waits
 from ..._torch.graph import Node, current_node, is_builtin, nodes_behind, shape_of, tells_recomputation
 from ..._torch.loss_graph import Place, UnknownNode, normalises
-from ..._torch.pytree import tensors_in
 from ..._torch.surroundings import inside_transform
 from ...layers.selection import Layer
 from ..changed_gradients import watch_gradients
@@ -91,8 +90,6 @@ def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -
     # Of layers that lie in parts, operations of the loss, too, may speak with other ranks.
     looks = record.scheduled and tells_recomputation() and not any(layer.split for layer in fisher.layers)
     if looks and mark_outputs(attachment, record, output, () if found.provisional else found.outputs):
-        no_loss = all(t.dim() for t in tensors_in(output))
-        record.scale_told = fisher.returned is not None and not (fisher.returned and no_loss)
         before_backward(record, partial(_begins, ref(attachment)), attachment)
         attachment.watched = ref(record)
 
@@ -184,9 +181,14 @@ def _look(
 ) -> None:
     """Mark layers whose samples a loss couples, or weights otherwise than told, and see what it is multiplied by."""
     fisher = attachment.fisher
+    # The loss that the model returns tells it where training takes that one.
+    takes_returned = any(not shape_of(*place) for held in met.values() for place in held)
+    record.scale_told = fisher.returned is False or (fisher.returned is True and takes_returned)
     if not record.scale_told:
         tell_scaler(fisher, roots)
         fisher.accumulation.see_division(roots, {node for places in met.values() for node, _ in places})
+        if fisher.returned and record.weights is not None:
+            fisher.accumulation.scale = nan  # nothing is seen of what the weights are multiplied by
     if any(own is None and prod(shape_of(*place)) > 1 for held in met.values() for place, own in held.items()):
         fisher.troubles.unseen = _UNSEEN.format(_UNMARKED)
     loss = see(roots, met, joined=fisher.forwards == "joined")

@@ -1,5 +1,6 @@
 """A loss that the model returns, and what it is multiplied by before backward."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -56,6 +57,34 @@ def test_what_is_told_is_taken(told: Any, of: float) -> None:
             train(net, scale)
             found.append(probe.fisher_diagonal())
     assert_all_close(*found)
+
+
+def alike(x: Tensor, _: Tensor) -> Tensor:
+    """Weights of a mean."""
+    return torch.full((len(x),), 1 / len(x))
+
+
+@pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
+@pytest.mark.parametrize(
+    ("reduction", "scale", "says"), [("mean", 1 / 4, "loss_scale=1/4"), (alike, 1.0, "that the model does not return")]
+)
+@pytest.mark.parametrize("cleared", [True, False])
+def test_a_loss_that_the_model_returns_tells_nothing_of_another(
+    reduction: Any, scale: float, says: str, cleared: bool
+) -> None:
+    """Such as one that a trainer takes of the logits; it matters where gradients are added up."""
+    net = model()
+    with CurvatureProbe(net, reduction=reduction, loss_scale="returned") as probe, warnings.catch_warnings():
+        warnings.simplefilter("ignore", CurvatureWarning)
+        for x, y in batches():
+            if cleared:
+                net.zero_grad()
+            (F.cross_entropy(net(x, y)["logits"], y) * scale).backward()
+        if cleared:
+            assert probe.fisher_diagonal()
+        else:
+            with pytest.raises(AttributionError, match=says):
+                probe.fisher_diagonal()
 
 
 @pytest.mark.parametrize(
