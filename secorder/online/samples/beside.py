@@ -7,7 +7,7 @@ their places, k(s, t) − k(s', t) − k(s, t') + k(s', t') = 0. Otherwise (a me
 another mean) samples influence one another's gradients, which shows in train mode too, and of what has no derivative.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from ..._torch.pytree import attributes_of, elements, tensors_in
 from ..._torch.random_state import fresh_generator
 from ...oneshot.independence import without_gradients
 from ...oneshot.user_code import is_foreign
-from .hypotheses import Hypothesis, run_changed
+from .hypotheses import Trial
 
 #: What passes for rounding in sums of as many terms as models have, in units in the last place of the largest value.
 UNITS = 128
@@ -84,22 +84,16 @@ def is_made(tensor: Tensor) -> bool:
     return tensor.requires_grad and not tensor.is_leaf and tensor.is_floating_point() and not tensor.is_nested
 
 
-def coupling(
-    model: nn.Module,
-    forward: Callable[[Any], Any],
-    arguments: Any,
-    hypothesis: Hypothesis,
-    base: Mapping[Beside, Tensor],
-) -> frozenset[Beside]:
+def coupling(model: nn.Module, trial: Trial, base: Mapping[Beside, Tensor]) -> frozenset[Beside]:
     """Of what a forward has made beside outputs of samples (``base``), the tensors that are no sums over samples."""
-    count = hypothesis.num_samples
+    count = trial.hypothesis.num_samples
     if count < 2 or not base:
         return frozenset()
     part = torch.randperm(count, generator=fresh_generator(), device="cpu") < count // 2
 
     def values(mask: Tensor, alike: bool) -> dict[Beside, Tensor]:
         """What the forward makes where these samples have others, of the batch, in their places."""
-        output = without_gradients(lambda x: run_changed(forward, x, hypothesis, mask, alike=alike), arguments)
+        output = without_gradients(lambda x: trial._replace(arguments=x).changed(mask, alike=alike), trial.arguments)
         held = {place: tensor_at(model, output, place) for place in base}
         return {p: t.detach().double() for p, t in held.items() if t is not None and t.shape == base[p].shape}
 

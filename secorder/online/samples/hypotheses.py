@@ -37,7 +37,7 @@ from .integers import ChangedIntegers, mixed
 #: where each entry of a list among the arguments is a sample, or None.
 SampleDim = int | Literal["list"] | Mapping[str, int | None] | None
 
-Forward = Callable[[Any], Any]
+Forward = Callable[..., Any]
 
 
 class Hypothesis(NamedTuple):
@@ -59,6 +59,57 @@ class Hypothesis(NamedTuple):
     def owners(self) -> tuple[Owner, ...]:
         """For each tensor among the arguments, whose its rows are: of what a dimension tells, the dimension."""
         return self.dims if self.owned is None else self.owned.owners
+
+
+class Trial(NamedTuple):
+    """The model on a batch whose samples are taken to be somewhere: what trials are made with."""
+
+    forward: Forward  #: the model, on arguments
+    arguments: Any  #: those of the batch
+    hypothesis: Hypothesis  #: where samples are taken to be in them
+
+    def changed(self, mask: Tensor, *, alike: bool = False) -> Any:
+        """The output with other numbers for the samples of a mask: those of their neighbours, a little scaled.
+
+        Entries of a list that hold no such numbers (texts, token ids of several lengths) are their neighbours' as they
+        are. With an empty mask the graph is like that of changed ones; ``alike`` gives samples in a dimension those of
+        the first.
+        """
+        forward, arguments, hypothesis = self
+        integers = _only_integers(arguments, hypothesis)
+        if integers and hypothesis.owned is not None and hypothesis.owned.grouping.place is None:
+            count = hypothesis.num_samples
+            chosen = [(n + int(mask[n])) % count for n in range(count)]
+            return forward(with_entries_of(arguments, count, chosen))
+        places = iter(zip(hypothesis.dims, hypothesis.owners, strict=True))
+
+        def exchanged(tensor: Tensor) -> Tensor:
+            dim, owner = next(places)
+            if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_nested:
+                return tensor
+            if hypothesis.owned is not None and owner is not None and not _sparse(tensor):
+                return changed_rows(tensor, owner, mask)
+            if dim is None:
+                return tensor
+            if _sparse(tensor):
+                return mixed(tensor.to_dense(), dim, mask, alike=alike).to_sparse(layout=tensor.layout)
+            return mixed(tensor, dim, mask, alike=alike)
+
+        if not integers:
+            return forward(map_tensors(exchanged, arguments))
+        nothing = not bool(mask.any())
+        followed = torch.ones_like(mask) if nothing else mask
+        rows = _rows_changed(arguments, hypothesis, followed)
+        with ChangedIntegers(followed, rows, hypothesis.dim or 0, alike=alike, unchanged=nothing):
+            return forward(map_tensors(exchanged, arguments))
+
+    def outputs_changed(self, mask: Tensor) -> list[Tensor] | None:
+        """The tensors of that; None where the model does not accept such inputs, which tells nothing."""
+        try:
+            with torch.no_grad():
+                return floating(self.changed(mask))
+        except Exception:
+            return None
 
 
 class Separation(NamedTuple):
@@ -172,27 +223,22 @@ def any_layout(tensor: Tensor, count: int) -> list[Layout]:
     return layouts_of(tensor.shape, count, any_dim=False)
 
 
-def separates(
-    forward: Forward,
-    arguments: Any,
-    base: Sequence[Tensor],
-    hypothesis: Hypothesis,
-    masks: Sequence[Tensor],
-) -> Separation | None:
+def separates(trial: Trial, base: Sequence[Tensor], masks: Sequence[Tensor]) -> Separation | None:
     """The layouts of each output under which samples do not influence one another; None where some do.
 
     Each mask, bool, shape (N,), tells the samples that a trial changes.
     """
-    layouts = [any_layout(f, hypothesis.num_samples) for f in base]
+    count = trial.hypothesis.num_samples
+    layouts = [any_layout(f, count) for f in base]
     if not any(layouts):
         return None
     options, changes, base = list(layouts), False, [f.detach() for f in base]
     bounds = [rounding_in(f) for f in base]
-    owners = [torch.ones(hypothesis.num_samples, dtype=torch.bool) for _ in base]  # that may own all of an output
+    owners = [torch.ones(count, dtype=torch.bool) for _ in base]  # that may own all of an output
     waiting, masks, refuted = deque(masks), [], False
     while waiting:
         masks.append(mask := waiting.popleft())
-        changed = _outputs_changed(forward, arguments, hypothesis, mask)
+        changed = trial.outputs_changed(mask)
         if changed is None:
             return Separation(layouts, changed=False, accepted=False)
         if len(changed) != len(base):
@@ -227,28 +273,17 @@ def separates(
     return Separation(options, changed=changes, beside=not all(_is_one(own, masks) for own in without))
 
 
-def one_each(
-    forward: Forward, arguments: Any, base: Sequence[Tensor], hypothesis: Hypothesis, masks: Sequence[Tensor]
-) -> bool:
+def one_each(trial: Trial, base: Sequence[Tensor], masks: Sequence[Tensor]) -> bool:
     """Whether each output of several numbers is one sample's, such as an entry of a list; masks as above."""
-    owners = [torch.ones(hypothesis.num_samples, dtype=torch.bool) for _ in base]
+    owners = [torch.ones(trial.hypothesis.num_samples, dtype=torch.bool) for _ in base]
     for mask in masks:
-        changed = _outputs_changed(forward, arguments, hypothesis, mask)
+        changed = trial.outputs_changed(mask)
         if changed is None or len(changed) != len(base):
             return False
         for own, before, after in zip(owners, base, changed, strict=True):
             if _moved(before, after):
                 own &= mask
     return all(_is_one(own, masks) for own, f in zip(owners, base, strict=True) if f.numel() > 1)
-
-
-def _outputs_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: Tensor) -> list[Tensor] | None:
-    """The outputs where the samples of a mask are changed; inputs that the model does not accept tell nothing: None."""
-    try:
-        with torch.no_grad():
-            return floating(run_changed(forward, arguments, hypothesis, mask))
-    except Exception:
-        return None
 
 
 def _moved(before: Tensor, after: Tensor) -> bool:
@@ -264,8 +299,9 @@ def _is_one(owners: Tensor, masks: Sequence[Tensor]) -> bool:
     )
 
 
-def equivariant(forward: Forward, arguments: Any, hypothesis: Hypothesis) -> bool:
+def equivariant(trial: Trial) -> bool:
     """Whether the model treats what may be its samples alike: exchanged there, they are so in its outputs."""
+    forward, arguments, hypothesis = trial
     if hypothesis.owned is not None:
         return True
     order = torch.arange(hypothesis.num_samples, device="cpu").roll(1)
@@ -292,42 +328,6 @@ def equivariant(forward: Forward, arguments: Any, hypothesis: Hypothesis) -> boo
 def floating(tree: Any) -> list[Tensor]:
     """The tensors of real or complex numbers in a structure."""
     return [t for t in tensors_in(tree) if (t.is_floating_point() or t.is_complex()) and not _sparse(t)]
-
-
-def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: Tensor, *, alike: bool = False) -> Any:
-    """The model's output with other numbers for the samples of a mask: those of their neighbours, a little scaled.
-
-    Entries of a list that hold no such numbers (texts, token ids of several lengths) are their neighbours' as they are.
-    With an empty mask the graph is like that of changed ones; ``alike`` gives samples in a dimension those of the
-    first.
-    """
-    whole = hypothesis.owned is not None and hypothesis.owned.grouping.place is None
-    if whole and _only_integers(arguments, hypothesis):
-        count = hypothesis.num_samples
-        chosen = [(n + int(mask[n])) % count for n in range(count)]
-        return forward(with_entries_of(arguments, count, chosen))
-    dims = iter(hypothesis.dims)
-    owners = iter(hypothesis.owners)
-
-    def changed(tensor: Tensor) -> Tensor:
-        dim, owner = next(dims), next(owners)
-        if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_nested:
-            return tensor
-        if hypothesis.owned is not None and owner is not None and not _sparse(tensor):
-            return changed_rows(tensor, owner, mask)
-        if dim is None:
-            return tensor
-        if _sparse(tensor):
-            return mixed(tensor.to_dense(), dim, mask, alike=alike).to_sparse(layout=tensor.layout)
-        return mixed(tensor, dim, mask, alike=alike)
-
-    if not _only_integers(arguments, hypothesis):
-        return forward(map_tensors(changed, arguments))
-    nothing = not bool(mask.any())
-    followed = torch.ones_like(mask) if nothing else mask
-    rows = _rows_changed(arguments, hypothesis, followed)
-    with ChangedIntegers(followed, rows, hypothesis.dim or 0, alike=alike, unchanged=nothing):
-        return forward(map_tensors(changed, arguments))
 
 
 def _rows_changed(arguments: Any, hypothesis: Hypothesis, mask: Tensor) -> Mapping[Tensor, tuple[Tensor, int]]:

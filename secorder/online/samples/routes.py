@@ -7,7 +7,7 @@ on data select, and arguments whose rows are not the samples', give rows that no
 module around them whose own rows are told by shape.
 """
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..._torch.graph import Node
 from ..._torch.own_hooks import outputs_seen
 from ..._torch.pytree import tensors_in
 from ...layers.selection import Layer
-from .hypotheses import Hypothesis
+from .hypotheses import Hypothesis, Trial
 
 #: What was selected, the latest last: by which indices, or None for what no inverse is known of.
 State = tuple[Tensor | None, ...]
@@ -83,47 +83,40 @@ def unowned_arguments(arguments: Any, hypothesis: Hypothesis) -> list[bool]:
     ]
 
 
-def layers_of_routed_rows(
-    layers: Sequence[Layer],
-    forward: Callable[[Any, Callable[[Any], None]], Any],
-    arguments: Any,
-    hypothesis: Hypothesis,
-) -> set[str]:
+def layers_of_routed_rows(layers: Sequence[Layer], trial: Trial) -> set[str]:
     """Names of layers whose enclosing module returns rows that no shape tells the samples of.
 
-    ``forward`` calls its second argument with the copies of the arguments that the model gets.
+    The trial's forward calls its second argument with the copies of the arguments that the model gets.
     """
     found: set[str] = set()
-    routes = _Routes(hypothesis, unowned_arguments(arguments, hypothesis))
+    routes = _Routes(trial)
 
     def see(name: str, output: Any) -> None:
         if any(routes.states.get(t) for t in tensors_in(output)):
             found.add(name)
 
     with outputs_seen([(layer.name, layer.enclosing) for layer in layers], see), torch.no_grad(), routes:
-        forward(arguments, routes.begin)
+        trial.forward(trial.arguments, routes.begin)
     return found
 
 
-def routed_nodes(
-    forward: Callable[[Any, Callable[[Any], None]], Any], arguments: Any, hypothesis: Hypothesis
-) -> tuple[Any, dict[Node, State]]:
+def routed_nodes(trial: Trial) -> tuple[Any, dict[Node, State]]:
     """One forward's output, and by the nodes of its graph what was selected there and is not yet put back.
 
-    Of what functions return; what they compute on the way has no entry.
+    Of what functions return; what they compute on the way has no entry. Forwards are as above.
     """
-    routes = _Routes(hypothesis, unowned_arguments(arguments, hypothesis))
+    routes = _Routes(trial)
     with routes:
-        output = forward(arguments, routes.begin)
+        output = trial.forward(trial.arguments, routes.begin)
     return output, routes.nodes
 
 
 class _Routes(TorchFunctionMode):
     """Follows what depends on the arguments: for each such tensor, what was selected and is not yet put back."""
 
-    def __init__(self, hypothesis: Hypothesis, unowned: Sequence[bool]) -> None:
+    def __init__(self, trial: Trial) -> None:
         super().__init__()
-        self.dim, self.unowned = hypothesis.dim or 0, unowned
+        self.dim, self.unowned = trial.hypothesis.dim or 0, unowned_arguments(trial.arguments, trial.hypothesis)
         self.states: MutableMapping[Tensor, State] = WeakTensorKeyDictionary()
         self.nodes: dict[Node, State] = {}
 

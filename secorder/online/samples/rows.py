@@ -1,6 +1,6 @@
 """The rows of each layer's output, and the samples that they belong to: by graph, weighted cotangents, or change."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from ...oneshot.recorded_layer import RecordedLayer, layout_options
 from ...oneshot.use_rows import ByCotangents
 from ...parallel.ranks import Ranks
 from .forward_graph import ForwardGraph
-from .hypotheses import Hypothesis, any_layout, floating, run_changed
+from .hypotheses import Trial, any_layout, floating
 from .relation import Shape
 
 
@@ -42,13 +42,7 @@ class Rows:
 
 
 def rows_of_layers(
-    seen: Sequence[RecordedLayer],
-    layers: Sequence[Layer],
-    arguments: Any,
-    forward: Callable[[Any], Any],
-    chosen: Hypothesis,
-    graph: ForwardGraph,
-    ranks: Ranks | None,
+    seen: Sequence[RecordedLayer], layers: Sequence[Layer], trial: Trial, graph: ForwardGraph, ranks: Ranks | None
 ) -> Rows | None:
     """Which rows of each layer's output belong to which sample; None where they are seen to influence one another.
 
@@ -63,7 +57,7 @@ def rows_of_layers(
             result = Rows()
         else:
             layers = [z.layer for z in beside]
-    if layers and not _by_change(layers, arguments, forward, chosen, ranks, result):
+    if layers and not _by_change(layers, trial, ranks, result):
         return None
     result.blank = {z.layer.name for z in seen if z.layer.name in result.known and graph.depends_on(z.leaves)}
     result.blank -= result.reached
@@ -159,14 +153,7 @@ def _that_scale(
     return [[o for o in choices if holds(o, id(leaf))] for leaf, choices in zip(z.leaves, candidates, strict=True)]
 
 
-def _by_change(
-    layers: Sequence[Layer],
-    arguments: Any,
-    forward: Callable[[Any], Any],
-    chosen: Hypothesis,
-    ranks: Ranks | None,
-    result: Rows,
-) -> bool:
+def _by_change(layers: Sequence[Layer], trial: Trial, ranks: Ranks | None, result: Rows) -> bool:
     """By the rows of each layer's output that change where samples are changed; False where those of others do, too."""
     outputs: dict[str, list[Tensor]] = {}
     values: dict[str, list[Tensor]] = {}
@@ -183,11 +170,12 @@ def _by_change(
         outputs.clear()
         values.clear()
         with torch.enable_grad() if ranks is None else torch.no_grad():
-            output = forward(arguments) if mask is None else run_changed(forward, arguments, chosen, mask)
+            output = trial.forward(trial.arguments) if mask is None else trial.changed(mask)
         pulled = _output_gradients(output, outputs) if ranks is None else {}
         return _Seen(dict(values), pulled, [local(t) for t in floating(output)])
 
-    masks = list(separating_masks(chosen.num_samples))
+    count = trial.hypothesis.num_samples
+    masks = list(separating_masks(count))
     # Where parameters lie over ranks, hooks make something else of what a layer returns.
     with outputs_seen([(layer.name, layer.enclosing) for layer in layers], keep, first=ranks is not None):
         base = run(None)
@@ -196,10 +184,10 @@ def _by_change(
         changed = [run(mask) for mask in masks]
         for _ in range(turns - len(masks)):
             run(None)
-    if ranks is not None and ranks.any(not _apart(chosen.num_samples, base.ends, [c.ends for c in changed], masks)):
+    if ranks is not None and ranks.any(not _apart(count, base.ends, [c.ends for c in changed], masks)):
         return False
     for name, tensors in base.values.items():
-        layouts = [_layout(name, i, chosen.num_samples, base, changed, masks) for i in range(len(tensors))]
+        layouts = [_layout(name, i, count, base, changed, masks) for i in range(len(tensors))]
         told = [(x, i, tuple(t.shape)) for i, (x, t) in enumerate(zip(layouts, tensors, strict=True)) if x is not None]
         if name in result.unknown or len(told) < len(tensors):
             result.unknown.add(name)

@@ -24,6 +24,7 @@ from .hypotheses import (
     Hypothesis,
     SampleDim,
     Separation,
+    Trial,
     any_layout,
     equivariant,
     floating,
@@ -115,7 +116,7 @@ def _still_holds(asked: Question, forward: Any, base: Sequence[Tensor]) -> Choic
         return None
     owned = None if before.grouping is None else before.grouping.of(asked.arguments)
     known = of_owned(owned, asked.arguments) if owned else Hypothesis(before.dims, count, before.alternative)
-    still = separates(forward, asked.arguments, base, known, asked.masks(count, TRIALS))
+    still = separates(Trial(forward, asked.arguments, known), base, asked.masks(count, TRIALS))
     return None if still is None else (known, _as_before(still.layouts, before.outputs))
 
 
@@ -142,12 +143,11 @@ def _try_each(
     for hypothesis in tried:
         usual = hypothesis is tried[0]
         if hypothesis.num_samples > 1:
-            masks = asked.masks(hypothesis.num_samples)
-            found = separates(forward, asked.arguments, base, hypothesis, masks)
+            trial, masks = Trial(forward, asked.arguments, hypothesis), asked.masks(hypothesis.num_samples)
+            found = separates(trial, base, masks)
             if found is None and asked.sample_dim == "list":  # perhaps since other entries draw other random numbers
                 with evaluating(asked.model, but=batch_normalisation(asked.model)):
-                    evaluated = floating(forward(asked.arguments))
-                    found = separates(forward, asked.arguments, evaluated, hypothesis, masks)
+                    found = separates(trial, floating(forward(asked.arguments)), masks)
             listed = hypothesis.owned is not None and hypothesis.owned.grouping.place is None
             certain = usual and (asked.sample_dim is not None or (len(tried) == 1 and not listed))
             if found is not None and not usual and hypothesis.owned is None and asked.sample_dim is None:
@@ -164,9 +164,8 @@ def _try_each(
 def _each_is_of_one(asked: Question, forward: Any, base: Sequence[Tensor], usual: Hypothesis) -> bool:
     """Whether outputs are one sample's each, as the usual hypothesis has these: then no dimension of them holds any."""
     count = usual.num_samples
-    if count == 1 or len(base) < count:
-        return False
-    return one_each(forward, asked.arguments, base, usual, asked.masks(count))
+    trial = Trial(forward, asked.arguments, usual)
+    return 1 < count <= len(base) and one_each(trial, base, asked.masks(count))
 
 
 def _of_one_sample(
@@ -198,7 +197,7 @@ def _undecided_by_shapes(asked: Question) -> Attribution:
 def _one_of(asked: Question, forward: Any, holding: Sequence[Choice]) -> Choice:
     """Of several that hold: one whose samples may be exchanged, that most outputs hold."""
     with evaluating(asked.model):  # random numbers of dropout stay where they are when samples are exchanged
-        alike = [choice for choice in holding if equivariant(forward, asked.arguments, choice[0])] or holding[:1]
+        alike = [choice for choice in holding if equivariant(Trial(forward, asked.arguments, choice[0]))] or holding[:1]
     most = max(_held(options) for _, options in alike)
     alike = [choice for choice in alike if _held(choice[1]) == most]
     first, options = alike[0]
@@ -254,7 +253,7 @@ def _nothing_separates(asked: Question, forward: Any, base: Sequence[Tensor], us
     separable = None
     for other in others:
         if other.num_samples > 1 and other.dim != usual.dim:
-            found = separates(forward, asked.arguments, base, other, asked.masks(other.num_samples))
+            found = separates(Trial(forward, asked.arguments, other), base, asked.masks(other.num_samples))
             if found is not None and found.changed:
                 separable = other.dim
     return Attribution(dims=usual.dims, coupled=True, separable=separable)

@@ -44,7 +44,7 @@ from .attribution import Attribution
 from .beside import Beside, coupling, made_beside
 from .forward_graph import ForwardGraph, Hooks
 from .held_iterators import HOLDS, iterators_kept
-from .hypotheses import Hypothesis, SampleDim, floating, shapes_of
+from .hypotheses import Hypothesis, SampleDim, Trial, floating, shapes_of
 from .linear_backward import not_linear
 from .outside import share_parameters, uses_outside, without_gradient
 from .relation import Verified
@@ -226,15 +226,16 @@ def _attribute(
             inside = [x for x in layers if x.enclosing is not model]
             outside = set() if ranks is not None else uses_outside(isolated, layers, graph.users)
             outside |= {x.name for x in inside if x.name in recording.watch.differentiated}
-            found = rows_of_layers(seen, layers, asked.arguments, forward, hypothesis, graph, ranks)
+            trial = Trial(forward, arguments, hypothesis)
+            found = rows_of_layers(seen, layers, trial, graph, ranks)
             if found is None:
                 return Attribution(dims=hypothesis.dims, coupled=True, changing=changing), None
         routable = _may_route(asked, every, selections.count, hypothesis)
-        routed = layers_of_routed_rows(layers, forward, arguments, hypothesis) if routable and layers else set()
-        uses = _uses(asked, operated, layers, isolated, forward, hypothesis, graph, routable)
-        coupled = _coupling(asked, forward, hypothesis, graph, beside) if chosen is None else frozenset()
+        routed = layers_of_routed_rows(layers, trial) if routable and layers else set()
+        uses = _uses(asked, operated, layers, isolated, trial, graph, routable)
+        coupled = _coupling(asked, trial, graph, beside) if chosen is None else frozenset()
         attribution = _concluded(asked, hypothesis, options, found, uses)
-        bent = _not_linear(asked, isolated, forward, graph, seen, operated)
+        bent = _not_linear(asked, isolated, trial, graph, seen, operated)
     return replace(
         attribution,
         unknown=attribution.unknown | routed | bent,
@@ -249,7 +250,7 @@ def _attribute(
 def _not_linear(
     asked: Question,
     isolated: IsolatedModel,
-    forward: Callable[[Any], Any],
+    trial: Trial,
     graph: ForwardGraph,
     seen: Sequence[RecordedLayer],
     operated: Sequence[Layer],
@@ -260,14 +261,14 @@ def _not_linear(
     ends = {z.layer.name: z.leaves for z in seen if z.layer.rule is not None}
     bent = not_linear(graph, ends | {layer.name: isolated.replacements(layer) for layer in operated})
     if again := {z.layer.name: isolated.replacements(z.layer) for z in seen if z.layer.rule is None}:
-        bent |= not_linear(_whole_graph(asked, forward, graph), again)
+        bent |= not_linear(_whole_graph(trial, graph), again)
     return bent
 
 
-def _whole_graph(asked: Question, forward: Callable[[Any], Any], graph: ForwardGraph) -> ForwardGraph:
+def _whole_graph(trial: Trial, graph: ForwardGraph) -> ForwardGraph:
     """That of one more forward: in recorded calls, the layers' parameters stood apart from it."""
     with Hooks() as hooks:
-        output = forward(asked.arguments)
+        output = trial.forward(trial.arguments)
     return replace(graph, output=output, hooked=graph.hooked or hooks.put, leaves=())
 
 
@@ -291,15 +292,13 @@ def _watched(
     return output, selections, hooks, {p: t for p, t in made_beside(model, output).items() if id(t) not in kept}
 
 
-def _coupling(
-    asked: Question, forward: Any, hypothesis: Hypothesis, graph: ForwardGraph, beside: Mapping[Beside, Tensor]
-) -> frozenset[Beside]:
+def _coupling(asked: Question, trial: Trial, graph: ForwardGraph, beside: Mapping[Beside, Tensor]) -> frozenset[Beside]:
     """Where the forward makes what couples samples, beside outputs of samples."""
     if asked.ranks is not None:  # each would run the model as often as it has reason to
         return frozenset()
     of_samples = {id(f) for f, options in zip(floating(graph.output), graph.options, strict=False) if options}
     made = {place: t for place, t in beside.items() if id(t) not in of_samples}
-    return coupling(asked.model, forward, asked.arguments, hypothesis, made)
+    return coupling(asked.model, trial, made)
 
 
 def _forward(asked: Question, isolated: IsolatedModel) -> Callable[..., Any]:
@@ -320,11 +319,7 @@ def _forward(asked: Question, isolated: IsolatedModel) -> Callable[..., Any]:
 
 
 def _concluded(
-    asked: Question,
-    hypothesis: Hypothesis,
-    options: Sequence[Sequence[Layout]],
-    rows: Rows,
-    uses: Rows,
+    asked: Question, hypothesis: Hypothesis, options: Sequence[Sequence[Layout]], rows: Rows, uses: Rows
 ) -> Attribution:
     """What the rows of layers and of operations tell, for a batch whose samples are known."""
     shapes = shapes_of(asked.arguments)
@@ -360,8 +355,7 @@ def _uses(
     layers: Sequence[Layer],
     called: Sequence[Layer],
     isolated: IsolatedModel,
-    forward: Any,
-    hypothesis: Hypothesis,
+    trial: Trial,
     graph: ForwardGraph,
     routable: bool,
 ) -> Rows:
@@ -369,16 +363,10 @@ def _uses(
     if not layers:
         return Rows()
     if any(share_parameters(one, other) for one in layers for other in called):
-        graph = _whole_graph(asked, forward, graph)
-    return rows_of_uses(
-        {x.name: dict(zip(x.parameters, isolated.replacements(x), strict=True)) for x in layers},
-        forward,
-        asked.arguments,
-        hypothesis,
-        graph,
-        {} if asked.before is None else asked.before.routes,
-        routed=forward if routable else None,
-    )
+        graph = _whole_graph(trial, graph)
+    parameters = {x.name: dict(zip(x.parameters, isolated.replacements(x), strict=True)) for x in layers}
+    routes = {} if asked.before is None else asked.before.routes
+    return rows_of_uses(parameters, trial, graph, routes, routed=routable)
 
 
 def _not_finite(output: Any, ranks: Ranks | None) -> bool:

@@ -6,7 +6,7 @@ tensor with samples, the gradient of samples that are kept must stay while other
 neither holds owns no samples: it is followed to what takes its output.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from ...layers.uses import Route, Uses, find_uses, hidden
 from ...oneshot.independence import changed_entries, separating_masks
 from ...oneshot.use_rows import ByCotangents, Evidence, Parameters, follow_uses, gradients_at
 from .forward_graph import ForwardGraph
-from .hypotheses import Hypothesis, floating, run_changed
+from .hypotheses import Trial, floating
 from .relation import whole_call
 from .routes import routed_nodes
 from .rows import Rows, separated
@@ -30,24 +30,15 @@ from .rows import Rows, separated
 #: How far ahead operations are looked at together, since each look runs the model again.
 AHEAD = 2
 
-Forward = Callable[[Any], Any]
-
 
 def rows_of_uses(
-    parameters: Parameters,
-    forward: Forward,
-    arguments: Any,
-    chosen: Hypothesis,
-    graph: ForwardGraph,
-    routes: Mapping[str, Collection[Route]],
-    *,
-    routed: Callable[[Any, Callable[[Any], None]], Any] | None,
+    parameters: Parameters, trial: Trial, graph: ForwardGraph, routes: Mapping[str, Collection[Route]], *, routed: bool
 ) -> Rows:
     """Find and verify the uses of layers' parameters, along the ``routes`` that were found to be followed before.
 
-    Where rows may depend on data, ``routed`` is the forward for :func:`.routes.routed_nodes`.
+    Where rows may depend on data (``routed``), the trial's forward is one for :func:`.routes.routed_nodes`.
     """
-    result, count = Rows(), chosen.num_samples
+    result, count = Rows(), trial.hypothesis.num_samples
     try:
         if count == 1:
             _look(parameters, _OneSample(), graph, routes, result)
@@ -58,12 +49,12 @@ def rows_of_uses(
                 rest = _look(parameters, evidence, graph, routes, result, untold=graph.beside)
             if rest:
                 nothing = torch.zeros(count, dtype=torch.bool)  # in a graph of those that samples are changed in
-                graph = replace(graph, output=run_changed(forward, arguments, chosen, nothing), leaves=())
-                _look(rest, _ByChange(graph.output, forward, arguments, chosen), graph, routes, result)
+                graph = replace(graph, output=trial.changed(nothing), leaves=())
+                _look(rest, _ByChange(graph.output, trial), graph, routes, result)
     except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
         return Rows(unknown=set(parameters))
-    if routed is not None:
-        result.unknown |= _routed(parameters, result, routed, arguments, chosen)
+    if routed:
+        result.unknown |= _routed(parameters, result, trial)
     return result
 
 
@@ -128,19 +119,19 @@ class _ByChange(Evidence):
 
     ahead = AHEAD
 
-    def __init__(self, output: Any, forward: Forward, arguments: Any, chosen: Hypothesis) -> None:
+    def __init__(self, output: Any, trial: Trial) -> None:
         super().__init__()
-        self.output, self.forward, self.arguments, self.chosen = output, forward, arguments, chosen
+        self.output, self.trial = output, trial
 
     def _judge(self, outputs: Sequence[tuple[Node, Output]]) -> list[Layout | None]:
-        chosen = self.chosen
+        count = self.trial.hypothesis.num_samples
         places = _places(self.output)
         wanted = [(places[node], node.name(), output) for node, output in outputs]
         base = self._gradients(self.output, outputs)
-        options = [layouts_of(output.shape, chosen.num_samples) for _, output in outputs]
+        options = [layouts_of(output.shape, count) for _, output in outputs]
         changes = [False] * len(outputs)
-        for mask in separating_masks(chosen.num_samples):
-            changed = run_changed(self.forward, self.arguments, chosen, mask)
+        for mask in separating_masks(count):
+            changed = self.trial.changed(mask)
             nodes = list(_places(changed))
             if any(place >= len(nodes) or nodes[place].name() != name for place, name, _ in wanted):
                 return [None] * len(outputs)
@@ -166,15 +157,9 @@ def _places(output: Any) -> dict[Node, int]:
     return {node: place for place, node in enumerate(users_of(tensors_in(output)))}
 
 
-def _routed(
-    parameters: Parameters,
-    found: Rows,
-    forward: Callable[[Any, Callable[[Any], None]], Any],
-    arguments: Any,
-    chosen: Hypothesis,
-) -> set[str]:
+def _routed(parameters: Parameters, found: Rows, trial: Trial) -> set[str]:
     """Layers of which a use has rows that no shape tells the samples of."""
-    output, states = routed_nodes(forward, arguments, chosen)
+    output, states = routed_nodes(trial)
     users = users_of(tensors_in(output))
     routed = set()
     for name, own in parameters.items():

@@ -10,6 +10,7 @@ from secorder.layers.layout import Layout
 from secorder.oneshot.independence import separating_masks
 from secorder.online.samples.hypotheses import (
     Hypothesis,
+    Trial,
     any_layout,
     check_sample_dim,
     from_names,
@@ -61,5 +62,5 @@ def test_samples_that_all_influence_one_another_are_given_up_after_two_passes() 
 
     x, masks = torch.randn(16, 4), list(separating_masks(16))
     assert len(masks) > 2
-    assert separates(forward, (x,), [forward((x,))], Hypothesis((0,), 16), masks) is None
+    assert separates(Trial(forward, (x,), Hypothesis((0,), 16)), [forward((x,))], masks) is None
     assert passes - 1 == (2 if tells_recomputation() else 1)

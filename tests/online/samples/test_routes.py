@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secorder.layers.selection import select_layers
-from secorder.online.samples.hypotheses import Hypothesis
+from secorder.online.samples.hypotheses import Hypothesis, Trial
 from secorder.online.samples.routes import Selections, layers_of_routed_rows
 
 from ...helpers import Net
@@ -175,7 +175,7 @@ def test_layers_of_rows_that_no_shape_tells_of(forward: Callable[..., Tensor], r
         begin(arguments)
         return model(*arguments[0])
 
-    found = layers_of_routed_rows(select_layers(model), run, ((x,), {}), Hypothesis((0,), 6))
+    found = layers_of_routed_rows(select_layers(model), Trial(run, ((x,), {}), Hypothesis((0,), 6)))
     assert found == routed
 
 

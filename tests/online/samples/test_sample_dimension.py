@@ -16,7 +16,7 @@ from secorder.oneshot.independence import outputs_independent, separating_masks
 from secorder.oneshot.isolation import isolate
 from secorder.online.samples import hypotheses as samples
 from secorder.online.samples.attribution import Attribution
-from secorder.online.samples.hypotheses import Hypothesis, SampleDim, Separation
+from secorder.online.samples.hypotheses import SampleDim, Separation, Trial
 from secorder.online.samples.sample_dimension import Question
 from secorder.online.samples.search import attribute
 
@@ -59,9 +59,9 @@ def test_a_dimension_of_which_nothing_tells_is_tried_once(monkeypatch: pytest.Mo
     """A layer that starts at zero: nothing refutes the usual dimension, and nothing supports the other one."""
     tried = []
 
-    def separates(forward: Any, arguments: Any, base: Any, hypothesis: Hypothesis, masks: Any) -> Separation | None:
-        tried.append(hypothesis.dim)
-        return samples.separates(forward, arguments, base, hypothesis, masks)
+    def separates(trial: Trial, base: Any, masks: Any) -> Separation | None:
+        tried.append(trial.hypothesis.dim)
+        return samples.separates(trial, base, masks)
 
     monkeypatch.setattr("secorder.online.samples.sample_dimension.separates", separates)
     model = Net(lambda m, x: m.a(x), a=nn.Linear(4, 4))

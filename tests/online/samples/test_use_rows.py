@@ -8,7 +8,7 @@ from torch import Tensor
 
 from secorder.layers.layout import Layout
 from secorder.online.samples.forward_graph import ForwardGraph
-from secorder.online.samples.hypotheses import Hypothesis
+from secorder.online.samples.hypotheses import Hypothesis, Trial
 from secorder.online.samples.use_rows import rows_of_uses
 
 from ...helpers import Opaque, run_again_where_nothing_tells
@@ -32,7 +32,7 @@ def test_operations_without_samples_are_followed(loss: bool) -> None:
 
     options = [[]] if loss else [[Layout(0)]]
     graph = ForwardGraph(forward(x), options, N, hooked=False)
-    found = rows_of_uses({"": {"w": w, "b": b}}, forward, x, Hypothesis((0,), N), graph, {}, routed=None)
+    found = rows_of_uses({"": {"w": w, "b": b}}, Trial(forward, x, Hypothesis((0,), N)), graph, {}, routed=False)
     assert not found.unknown
     assert found.reached == {""}
     ((layout, place, shape),) = found.known[""]
@@ -44,7 +44,8 @@ def test_operations_without_samples_are_followed(loss: bool) -> None:
 def test_samples_that_mix_have_no_rows() -> None:
     x, w = torch.randn(N, 5), torch.randn(5, requires_grad=True)
     graph = ForwardGraph((x * w).mean(0), [[]], N, hooked=False)
-    found = rows_of_uses({"": {"w": w}}, lambda x: (x * w).mean(0), x, Hypothesis((0,), N), graph, {}, routed=None)
+    trial = Trial(lambda x: (x * w).mean(0), x, Hypothesis((0,), N))
+    found = rows_of_uses({"": {"w": w}}, trial, graph, {}, routed=False)
     assert found.unknown == {""}
 
 
@@ -60,11 +61,11 @@ def test_a_use_that_no_gradient_comes_to_is_told_by_another_at_the_same_place() 
         return h
 
     graph = ForwardGraph(forward(x), [[Layout(0)]], N, hooked=False)
-    found = rows_of_uses({"": {"w": w}}, forward, x, Hypothesis((0,), N), graph, {}, routed=None)
+    found = rows_of_uses({"": {"w": w}}, Trial(forward, x, Hypothesis((0,), N)), graph, {}, routed=False)
     assert found.blank == found.repeated == {""}
     assert {layout for layout, *_ in found.known[""]} == {Layout(0)}
     keep.zero_()
     graph = ForwardGraph(forward(x), [[Layout(0)]], N, hooked=False)
-    found = rows_of_uses({"": {"w": w}}, forward, x, Hypothesis((0,), N), graph, {}, routed=None)
+    found = rows_of_uses({"": {"w": w}}, Trial(forward, x, Hypothesis((0,), N)), graph, {}, routed=False)
     assert found.blank == {""}
     assert not found.repeated
