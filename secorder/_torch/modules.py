@@ -98,15 +98,19 @@ parameter_table: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_
 
 def held_parameter(module: nn.Module, name: str) -> Any:
     """What a module holds as its parameter of a name now (``"weight"``, ``"0.weight"``); None where it holds none."""
-    if "." not in name:
-        return _entry(module._parameters, name)
-    *path, last = name.split(".")
+    holder, local = _holder(module, name)
+    return None if holder is None else _entry(holder._parameters, local)
+
+
+def _holder(module: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """The module that is to hold a parameter of a name, if there is one, and the parameter's name there."""
+    *path, local = name.split(".")
     for part in path:
         found = _entry(module._modules, part)
         if found is None:
-            return None
+            return None, local
         module = found
-    return _entry(module._parameters, last)
+    return module, local
 
 
 def _entry(table: Any, name: str) -> Any:
@@ -369,8 +373,7 @@ def constant_in_place_of(module: nn.Module, name: str) -> Tensor | None:
 
     ``torch.func.functional_call`` puts such tensors where parameters are, others among buffers or plain attributes.
     """
-    path, _, local = name.rpartition(".")
-    holder = dict(module.named_modules(remove_duplicate=False)).get(path)
+    holder, local = _holder(module, name)
     if holder is None:
         return None
     found = {**vars(holder), **holder._buffers, **holder._parameters}.get(local)

@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -74,16 +73,11 @@ class Layer:
         """Whether a backward gives the rows of its gradient that were looked up alone."""
         return gives_sparse_gradients(self.module)
 
-    def shape(self, local: str) -> torch.Size:
-        """The shape of what this rank computes with: of a parameter, or of its shard under tensor parallelism."""
-        p = self.parameters[local]
-        return p.shape if self.spread is None else self.spread.shape(p)
-
     def sizes(self) -> list[int]:
-        """By parameter, the number of elements of what this rank computes with."""
+        """By parameter, the number of elements of what this rank computes with: its shard under tensor parallelism."""
         if self.spread is None:
             return [p.numel() for p in self.parameters.values()]
-        return [self.shape(local).numel() for local in self.parameters]
+        return [self.spread.shape(p).numel() for p in self.parameters.values()]
 
     def gradient(self, parameter: Tensor, gradient: Tensor) -> Tensor | None:
         """What this rank has of a whole gradient, of the shape that it computes with; None where that is not known."""

@@ -133,7 +133,7 @@ def close(fisher: OnlineFisher, backward: Backward) -> None:
     for group in groups:
         _add_group(fisher, backward, group)
     if fisher.penalty is not None:
-        _add_penalty(fisher, backward, records)
+        add_shared(fisher, backward, records)
     else:
         _audit(fisher, backward)
         if fisher.ranks is not None and groups:
@@ -245,21 +245,6 @@ def _leave_out_unlike(fisher: OnlineFisher, group: Sequence[ForwardRecord]) -> N
     owners = dict.fromkeys(own for name in unlike for record in group for own in record.attribution.owners(name))
     fisher.troubles.leave_out(group[0], owners, _UNLIKE)
     group[0].leave_out(unlike)
-
-
-def _add_penalty(fisher: OnlineFisher, backward: Backward, records: Sequence[ForwardRecord]) -> None:
-    """Add the gradient of a penalty that is the same for each sample to each sample's."""
-    if len(records) == 1 and records[0].weights is None:
-        record = records[0]
-        inverse = float(record.num_samples) if record.mean else 1.0
-        alpha = 1.0 if fisher.decay is None else (1 - fisher.decay) / record.num_samples
-        scale = fisher.loss_scale_of(backward)
-        add_shared(fisher.layers, fisher.sums, backward, record, inverse=inverse, scale=scale, alpha=alpha)
-    elif records:
-        fisher.troubles.mark(
-            fisher.sums,
-            'penalty="shared" goes with one forward for each backward, and with reduction="mean" or "sum".',
-        )
 
 
 def _audit(fisher: OnlineFisher, backward: Backward) -> None:

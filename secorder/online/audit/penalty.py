@@ -16,8 +16,8 @@ from ..._torch.compile import never_compiled
 from ..._torch.engine import accumulate_node, will_accumulate
 from ...layers.per_sample import PerSample, total_gradient
 from ...layers.selection import Layer
+from ..fisher import OnlineFisher
 from ..record import Backward, ForwardRecord
-from ..sums import LayerSums
 
 
 def watch(backward: Backward, layers: list[Layer]) -> None:
@@ -61,28 +61,26 @@ def explain(record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSamp
         record.totals[key] = record.totals[key] + part if key in record.totals else part
 
 
-def add_shared(
-    layers: Sequence[Layer],
-    sums: Mapping[str, LayerSums],
-    backward: Backward,
-    record: ForwardRecord,
-    *,
-    inverse: float,
-    scale: float,
-    alpha: float,
-) -> None:
-    """Add what a penalty adds to the squares of each layer; ``inverse`` is 1 / c_n, the same for every sample."""
-    count = record.num_samples
-    for layer in layers:
-        if record.layers[layer.name].troubled:
-            continue
-        for total, p in zip(sums[layer.name].sums, layer.parameters.values(), strict=True):
-            whole = backward.whole.get(id(p))
-            if whole is None:
-                continue
-            explained = record.totals.get(id(p))
-            explained = torch.zeros_like(total) if explained is None else explained.to(total)
-            outside = (whole.flatten().to(total) - explained) / scale
-            extra = outside * (2 * inverse * explained / scale + count * outside)
-            good = extra.sum().isfinite()
-            total.add_(extra.nan_to_num_().mul_(good), alpha=alpha)
+def add_shared(fisher: OnlineFisher, backward: Backward, records: Sequence[ForwardRecord]) -> None:
+    """Add what a penalty adds to the squares of each layer, whose gradient is a part of each sample's."""
+    if len(records) > 1 or any(record.weights is not None for record in records):
+        fisher.troubles.mark(
+            fisher.sums,
+            'penalty="shared" goes with one forward for each backward, and with reduction="mean" or "sum".',
+        )
+        return
+    for record in records:
+        count, scale = record.num_samples, fisher.loss_scale_of(backward)
+        inverse = float(count) if record.mean else 1.0  # 1 / c_n, the same for every sample
+        alpha = 1.0 if fisher.decay is None else (1 - fisher.decay) / count
+        for layer in [x for x in fisher.layers if not record.layers[x.name].troubled]:
+            for total, p in zip(fisher.sums[layer.name].sums, layer.parameters.values(), strict=True):
+                whole = backward.whole.get(id(p))
+                if whole is None:
+                    continue
+                explained = record.totals.get(id(p))
+                explained = torch.zeros_like(total) if explained is None else explained.to(total)
+                outside = (whole.flatten().to(total) - explained) / scale
+                extra = outside * (2 * inverse * explained / scale + count * outside)
+                good = extra.sum().isfinite()
+                total.add_(extra.nan_to_num_().mul_(good), alpha=alpha)
