@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 from .._torch.graph import Node, Output, Users, collection_paused, outputs_of
 from .._torch.sample_graph import SHARED, InnerSizes
 from .._torch.vjp import gradients
-from ..layers.layout import Layout, layout_of, layouts_of
+from ..layers.layout import Layout, layouts_of
 from ..layers.uses import Route, Uses, find_uses
 from .cotangents import MEASURED
 from .independence import DRAWS, over_samples, rows_weighted, sample_weights, weight_draws
@@ -82,9 +82,11 @@ class Evidence:
         moved: operations that the model's output depends on.
         blank: those of which it does by the graph alone, so that zeros would do for samples anywhere.
         ahead: how many operations behind those that are asked about are looked at with them.
+        real: whether what holds no real numbers is left out.
     """
 
     ahead = 0
+    real = True
 
     def __init__(self) -> None:
         self.layouts: dict[Node, list[Layout | None]] = {}
@@ -94,7 +96,7 @@ class Evidence:
     def judge(self, nodes: Sequence[Node]) -> None:
         """Find the layouts of operations."""
         new = [node for node in nodes if node not in self.layouts]
-        outputs = [(node, output) for node in new for output in outputs_of(node)]
+        outputs = [(node, output) for node in new for output in outputs_of(node, real=self.real)]
         self.layouts.update((node, []) for node in new)
         if outputs:
             for (node, _), layout in zip(outputs, self._judge(outputs), strict=True):
@@ -167,8 +169,13 @@ class ByCotangents(Evidence):
     def _by_graph(self, node: Node, output: Output) -> Layout | None:
         here = (node, output.number)
         if self.inner_sizes and here not in self.inner_sizes:  # nothing depends on it, such as on a last state
-            return next(iter(layouts_of(output.shape, self.count)), None)
-        return layout_of(output.shape, self.count, self.inner_sizes.get(here))
+            return next(iter(self._candidates(node, output)), None)
+        inner = self.inner_sizes.get(here)
+        return next((x for x in self._candidates(node, output) if x.inner_size(output.shape) == inner), None)
+
+    def _candidates(self, node: Node, output: Output) -> list[Layout]:
+        """The layouts that samples may have in what an operation computed, the usual first."""
+        return layouts_of(output.shape, self.count)
 
     def _shared(self, node: Node, output: Output) -> bool:
         """Whether an operation is followed without a look: so the graph says, or it takes leaves alone."""
@@ -176,7 +183,7 @@ class ByCotangents(Evidence):
 
     def _by_gradients(self, outputs: Sequence[tuple[Node, Output]]) -> list[Layout | None]:
         plain = gradients_at(self.outputs, outputs, self.plain)
-        options = [layouts_of(output.shape, self.count) for _, output in outputs]
+        options = [self._candidates(*output) for output in outputs]
         reached = {i: g for i, g in enumerate(plain) if g is not None}
         moved = torch.stack([(g != 0).any() for g in reached.values()]).tolist() if reached else []
         for i, here in zip(reached, moved, strict=True):
@@ -207,7 +214,7 @@ class ByCotangents(Evidence):
         # By powers of two the same is weighted, to the last of however few digits, but for sums in another order.
         again = at(self.plain) if draws > 1 else {}
         noise = {shape: MEASURED * (g - before[shape]).abs().amax() for shape, g in again.items() if g.numel()}
-        options = {i: layouts_of(g.shape, self.count) for i, g in plain.items()}
+        options = {i: self._candidates(*outputs[i]) for i in plain}
         for weights, cotangents in self.weighted(draws):
             for shape, after in at(cotangents).items():
                 kind = torch.promote_types(torch.float32, after.dtype)

@@ -66,11 +66,6 @@ class ForwardGraph:
             return frozenset()
         return self.users.keys() - users_of([f for f, _ in self.ends]).keys()
 
-    def depends_on(self, leaves: Sequence[Tensor]) -> bool:
-        """Whether outputs that cotangents may be put on depend on any of these leaves, as far as the graph shows."""
-        nodes, sizes = map(accumulate_node, leaves), self.inner_sizes
-        return any((node, 0) in sizes if sizes else node in self.users for node in nodes)
-
     @cached_property
     def added(self) -> set[Node]:
         """The nodes that are none of the model's own: those that add the leaves."""

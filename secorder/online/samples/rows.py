@@ -9,18 +9,19 @@ from torch import Tensor
 
 from ..._torch.engine import accumulate_node
 from ..._torch.fsdp import local
+from ..._torch.graph import Node, Output
 from ..._torch.own_hooks import outputs_seen
 from ..._torch.random_state import fresh_generator
-from ..._torch.sample_graph import SHARED, InnerSizes
+from ..._torch.sample_graph import SHARED
 from ..._torch.surroundings import inside_transform
 from ..._torch.vjp import gradients
 from ...errors import DoubleBackwardError
 from ...layers.layout import Layout
 from ...layers.selection import Layer
 from ...layers.uses import Route
-from ...oneshot.independence import DRAWS, changed_entries, rows_weighted, separating_masks, weight_draws
+from ...oneshot.independence import changed_entries, separating_masks
 from ...oneshot.recorded_layer import RecordedLayer, layout_options
-from ...oneshot.use_rows import ByCotangents
+from ...oneshot.use_rows import ByCotangents, Evidence
 from ...parallel.ranks import Ranks
 from .forward_graph import ForwardGraph
 from .hypotheses import Trial, any_layout, floating
@@ -51,106 +52,53 @@ def rows_of_layers(
     result = Rows()
     if layers and graph.ends:
         beside = [z for z in seen if any(accumulate_node(leaf) in graph.beside for leaf in z.leaves)]
+        told = [z for z in seen if z not in beside]
+        evidence = _AtLeaves(graph, told)
         try:
-            _by_graph_and_cotangents([z for z in seen if z not in beside], graph, result)
+            evidence.judge([accumulate_node(leaf) for z in told for leaf in z.leaves])
         except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
-            result = Rows()
+            pass
         else:
+            for z in told:
+                _note(z, evidence, result)
             layers = [z.layer for z in beside]
-    if layers and not _by_change(layers, trial, ranks, result):
-        return None
-    result.blank = {z.layer.name for z in seen if z.layer.name in result.known and graph.depends_on(z.leaves)}
-    result.blank -= result.reached
-    return result
+    return result if not layers or _by_change(layers, trial, ranks, result) else None
 
 
-def _options(z: RecordedLayer, count: int) -> list[list[Layout]]:
-    """For each output tensor of the layer its candidate layouts."""
-    if z.layer.rule is None:
-        return [any_layout(leaf, count) for leaf in z.leaves]
-    joint = layout_options(z, count)
-    return [[layouts[index] for layouts in joint] for index in range(len(z.leaves))]
+class _AtLeaves(ByCotangents):
+    """At the leaves that were added to what layers returned, where samples are as their rules have them."""
+
+    real = False
+
+    def __init__(self, graph: ForwardGraph, layers: Sequence[RecordedLayer]) -> None:
+        super().__init__(graph.ends, graph.count, fresh_generator(graph.ends[0][0].device), graph.inner_sizes)
+        self.options: dict[Node, list[Layout]] = {}
+        for z in layers:
+            joint = None if z.layer.rule is None else layout_options(z, graph.count)
+            for index, leaf in enumerate(z.leaves):
+                options = any_layout(leaf, graph.count) if joint is None else [layouts[index] for layouts in joint]
+                self.options[accumulate_node(leaf)] = options
+
+    def _candidates(self, node: Node, output: Output) -> list[Layout]:
+        return list(self.options[node])
+
+    def _shared(self, node: Node, output: Output) -> bool:
+        return self.inner_sizes.get((node, output.number)) == SHARED
 
 
-def _by_graph_and_cotangents(layers: Sequence[RecordedLayer], graph: ForwardGraph, result: Rows) -> None:
-    """What the graph tells of layers, and by cotangents what it does not."""
-    sizes, rest = graph.inner_sizes or {}, []
-    for z in layers:
-        candidates = _options(z, graph.count)
-        options = _by_graph(z, candidates, sizes)
-        if options is None:
-            rest.append((z, candidates))
-        else:
-            _note(z, options, any((accumulate_node(leaf), 0) in sizes for leaf in z.leaves), result)
-    if rest:
-        _by_cotangents(rest, graph, result)
-
-
-def _note(z: RecordedLayer, options: list[list[Layout]], reached: bool, result: Rows) -> None:
-    """Enter a layer with the layouts that its outputs may have, and whether the model's outputs depend on it."""
-    if all(options):
-        told = enumerate(zip(options, z.leaves, strict=True))
-        result.known[z.layer.name] = [(choices[0], i, tuple(leaf.shape)) for i, (choices, leaf) in told]
+def _note(z: RecordedLayer, evidence: Evidence, result: Rows) -> None:
+    """Enter what evidence tells of a layer's outputs."""
+    nodes = list(map(accumulate_node, z.leaves))
+    layouts = [layout for node in nodes for layout in evidence.layouts[node] if layout is not None]
+    if len(layouts) == len(nodes):
+        told = enumerate(zip(layouts, z.leaves, strict=True))
+        result.known[z.layer.name] = [(layout, i, tuple(leaf.shape)) for i, (layout, leaf) in told]
     else:
         result.unknown.add(z.layer.name)
-    if reached:
+    if any(node in evidence.moved and node not in evidence.blank for node in nodes):
         result.reached.add(z.layer.name)
-
-
-def _by_graph(z: RecordedLayer, candidates: list[list[Layout]], inner_sizes: InnerSizes) -> list[list[Layout]] | None:
-    """For each output of a layer the layouts that the graph shows to be right; None where it does not tell."""
-    found = []
-    for leaf, choices in zip(z.leaves, candidates, strict=True):
-        here = (accumulate_node(leaf), 0)
-        inner = inner_sizes.get(here)
-        if not inner_sizes or (here in inner_sizes and inner is None):
-            return None
-        # Of what nothing depends on, the usual layout is as good as any.
-        found.append([o for o in choices if here not in inner_sizes or o.inner_size(leaf.shape) == inner])
-        if not found[-1] and inner != SHARED:
-            return None
-    return found
-
-
-def _by_cotangents(
-    asked: Sequence[tuple[RecordedLayer, list[list[Layout]]]], graph: ForwardGraph, result: Rows
-) -> None:
-    ends, count = graph.ends, graph.count
-    layers, candidates = [z for z, _ in asked], [choices for _, choices in asked]
-    leaves = [leaf for z in layers for leaf in z.leaves]
-    cotangents = ByCotangents(ends, count, fresh_generator(ends[0][0].device))
-
-    def pull_back(stack: list[Tensor]) -> dict[int, Tensor]:
-        pulled = gradients(cotangents.outputs, leaves, stack)
-        return {
-            id(leaf): (torch.zeros_like(leaf) if g is None else g)[None] for leaf, g in zip(leaves, pulled, strict=True)
-        }
-
-    plain = pull_back(cotangents.plain)
-    options: list[list[list[Layout]]] = [[[]] for _ in layers]
-    for number in dict.fromkeys((weight_draws(leaves), DRAWS)):  # by powers of two where rounding hides it
-        unsettled = [i for i, (o, c) in enumerate(zip(options, candidates, strict=True)) if all(c) and not all(o)]
-        if not unsettled:
-            break
-        draws = [(weights, pull_back(weighted)) for weights, weighted in cotangents.weighted(number)]
-        for i in unsettled:
-            options[i] = _that_scale(layers[i], candidates[i], plain, draws)
-    for z, by_leaf in zip(layers, options, strict=True):
-        _note(z, by_leaf, any(bool((plain[id(leaf)] != 0).any()) for leaf in z.leaves), result)
-
-
-def _that_scale(
-    z: RecordedLayer,
-    candidates: list[list[Layout]],
-    plain: dict[int, Tensor],
-    draws: Sequence[tuple[Tensor, dict[int, Tensor]]],
-) -> list[list[Layout]]:
-    """For each output of a layer the layouts of which weighting the samples weights the rows."""
-
-    def holds(layout: Layout, key: int) -> bool:
-        return all(bool(rows_weighted(plain[key], found[key], weights, layout)) for weights, found in draws)
-
-    return [[o for o in choices if holds(o, id(leaf))] for leaf, choices in zip(z.leaves, candidates, strict=True)]
+    elif z.layer.name in result.known and not evidence.blank.isdisjoint(nodes):
+        result.blank.add(z.layer.name)
 
 
 def _by_change(layers: Sequence[Layer], trial: Trial, ranks: Ranks | None, result: Rows) -> bool:
