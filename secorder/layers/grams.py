@@ -50,12 +50,8 @@ def pixels(a: Patches) -> tuple[int, int] | None:
 
 def _lines(a: Patches) -> list[int]:
     """Pixels of each spatial dimension but the first, with the zeros behind them; not fewer than positions."""
-    of_lines = zip(a.image.shape[3:], _padding(a)[1:], a.sizes[1:], strict=True)
+    of_lines = zip(a.image.shape[3:], a.padding[1:], a.sizes[1:], strict=True)
     return [max(own + pad, positions) for own, pad, positions in of_lines]
-
-
-def _padding(a: Patches) -> tuple[int, ...]:
-    return a.padding or (0,) * len(a.kernel)
 
 
 def pixel_grams(a: Patches, g: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -67,7 +63,7 @@ def pixel_grams(a: Patches, g: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     lines = _lines(a)
     columns = _with_zeros_behind(a.image[rows].unflatten(1, (a.groups, -1)).flatten(0, 1), lines).flatten(2)
     seen, length = row_grams(columns.transpose(1, 2)), a.sizes[0] * prod(lines)
-    for dim, (kernel, gap, pad) in enumerate(zip(a.kernel, a.dilation, _padding(a), strict=True)):
+    for dim, (kernel, gap, pad) in enumerate(zip(a.kernel, a.dilation, a.padding, strict=True)):
         step = prod(lines[dim:])
         seen = _along_the_diagonal(seen, length, [(place * gap - pad) * step for place in range(kernel)])
     cotangents = g[rows].transpose(2, 3).flatten(0, 1).unflatten(2, a.sizes)

@@ -29,7 +29,7 @@ class Patches:
     dilation: tuple[int, ...]  #: steps inside of a patch
     groups: int  #: groups of channels
     shape: tuple[int, int, int, int]  #: that of the patches, ``(N, groups, positions, in)``
-    padding: tuple[int, ...] = ()  #: by spatial dimension, zeros that are seen beyond either end; where empty, none
+    padding: tuple[int, ...]  #: by spatial dimension, zeros that are seen beyond either end
 
     def with_zeros(self, images: Tensor) -> Tensor:
         """Images, or some channels of them, with the zeros that are seen beyond their ends."""
@@ -40,12 +40,8 @@ class Patches:
     @property
     def sizes(self) -> list[int]:
         """How many positions there are in each spatial dimension."""
-        spatial = self.image.shape[2:]
-        around = self.padding or (0,) * len(spatial)
-        return [
-            (size + 2 * pad - gap * (k - 1) - 1) // step + 1
-            for size, pad, k, step, gap in zip(spatial, around, self.kernel, self.stride, self.dilation, strict=True)
-        ]
+        dims = zip(self.image.shape[2:], self.padding, self.kernel, self.stride, self.dilation, strict=True)
+        return [(size + 2 * pad - gap * (k - 1) - 1) // step + 1 for size, pad, k, step, gap in dims]
 
     def seen_at(self, place: int, images: Tensor) -> Tensor:
         """What each position sees of images, or some channels of them, at one place of the kernel: a view."""
@@ -85,21 +81,20 @@ class Patches:
 
         By one convolution with a group for each, no patches copied.
         """
-        image, spatial = self.image[rows], len(self.kernel)
+        image = self.image[rows]
         factor = g[rows].transpose(2, 3)
         count, groups, width, _ = factor.shape
         shape = (count * groups * width, image.shape[1] // groups, *self.kernel)
-        zeros = [0] * spatial
         _, gradients, _ = torch.ops.aten.convolution_backward(
             factor.reshape(1, -1, *self.sizes),
             image.reshape(1, -1, *image.shape[2:]),
             factor.new_empty(shape),  # whose shape alone matters; one number expanded to it would be copied
             None,
             self.stride,
-            self.padding or zeros,
+            self.padding,
             self.dilation,
             False,
-            zeros,
+            [0] * len(self.kernel),
             count * groups,
             [False, True, False],
         )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import NonFiniteError
 from ..layers.patches import Patches
 from ..layers.per_sample import PerSample, Rows
 
@@ -46,3 +47,11 @@ def witness(part: PerSample, product: Tensor | None) -> Tensor | None:
 def largest(values: Tensor) -> Tensor:
     """The largest size among some numbers, which are not copied for it; nan where one is."""
     return torch.maximum(values.amax(), -values.amin())
+
+
+def not_finite(name: str) -> NonFiniteError:
+    """What is raised, if asked for, where the gradient at a layer is not finite."""
+    return NonFiniteError(
+        f"the gradient at layer {name!r} holds nan or inf: lower the learning rate or the loss scale, or pass "
+        'on_nonfinite="skip" to leave such batches out.'
+    )

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from .._torch.autocast import autocast_enabled, no_autocast
 from .._torch.surroundings import lasting
-from ..errors import NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
 from ..layers.rank_one import Plan
@@ -25,7 +24,7 @@ from .audit.audited import Audited
 from .audit.directions import Directions
 from .audit.failures import Failures
 from .audit.uncalled import Uncalled
-from .finite import all_finite
+from .finite import all_finite, not_finite
 from .losses.accumulation import Accumulation
 from .losses.reduction import Weights, usable_scale
 from .losses.sizes import Sizes
@@ -247,10 +246,7 @@ class OnlineFisher:
         if self.ranks is not None:  # all ranks leave the batch out, or none
             good = good.new_tensor(not self.ranks.agree(layer.name, bad=not bool(good)))
         if self.on_nonfinite == "raise" and not bool(good):
-            raise NonFiniteError(
-                f"the gradient at layer {layer.name!r} holds nan or inf: lower the learning rate or the loss scale, or "
-                'pass on_nonfinite="skip" to leave such batches out.'
-            )
+            raise not_finite(layer.name)
         return good
 
 

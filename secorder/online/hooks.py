@@ -314,19 +314,13 @@ class _Begin(OwnHook):
             if may_break_graph():
                 leave_graph()
             return
-        eager = EagerSection()
-        begin(self.owner, args, kwargs, eager)
-
-
-def begin(attachment: Attachment, args: Any, kwargs: Any, eager: EagerSection) -> None:
-    """Begin a forward; what is not recorded runs on as it is compiled."""
-    fisher, recorded = attachment.fisher, False
-    try:
-        recorded = fisher.troubles.guarded(None, fisher.by_layer, attachment.begin, args, kwargs, eager)
-    finally:
-        if not recorded:
-            attachment.step_aside()
-            eager.end()
+        eager, fisher, recorded = EagerSection(), self.owner.fisher, False
+        try:
+            recorded = fisher.troubles.guarded(None, fisher.by_layer, self.owner.begin, args, kwargs, eager)
+        finally:
+            if not recorded:  # it runs on as it is compiled
+                self.owner.step_aside()
+                eager.end()
 
 
 class _End(OwnHook):

@@ -17,12 +17,12 @@ from torch import Tensor
 from .._torch.compile import never_compiled
 from .._torch.engine import accumulate_node, will_accumulate
 from .._torch.several import norms_of
-from ..errors import NonFiniteError
 from ..layers.norms import squared_norm_of_sum, squared_norms
 from ..layers.per_sample import PerSample
 from ..layers.rank_one import FactorNorms, RankOne
 from ..layers.selection import Layer
 from ..parallel.ranks import Ranks
+from .finite import not_finite
 from .fisher import OnlineFisher
 from .norm_sums import COLUMNS, Batch, Kind, Terms
 from .record import Backward, ForwardRecord
@@ -179,11 +179,7 @@ def add_norms(fisher: OnlineFisher, record: ForwardRecord, seen: Tensor | None) 
     if ranks is not None:
         increments, good = _of_all_ranks(ranks, increments, good)
     if fisher.on_nonfinite == "raise" and good is not None and not bool(good.all()):
-        name = layers[int((~good).nonzero()[0])].name
-        raise NonFiniteError(
-            f"the gradient at layer {name!r} holds nan or inf: lower the learning rate or the loss scale, or "
-            'pass on_nonfinite="skip" to leave such batches out.'
-        )
+        raise not_finite(layers[int((~good).nonzero()[0])].name)
     sums.add(places, increments, fisher.decay)
     if seen is None or good is None or len(places) < len(fisher.layers):
         return False

@@ -60,7 +60,7 @@ def test_positions_are_rounded_once_where_factors_come_in_bfloat16() -> None:
     exact = torch.matmul(g.double().transpose(2, 3), a.double()).square().sum(0).flatten()
     found = contract_sum_low([Outer(a, g)], numel=40)
     assert float(((found.double() - exact).abs() / exact).max()) <= BOUND + 1e-4
-    images = Patches(torch.randn(3, 2, 5, 5).bfloat16().float(), (3, 3), (1, 1), (1, 1), 1, (3, 1, 9, 18))
+    images = Patches(torch.randn(3, 2, 5, 5).bfloat16().float(), (3, 3), (1, 1), (1, 1), 1, (3, 1, 9, 18), (0, 0))
     of_images = Outer(images, torch.randn(3, 1, 9, 4).bfloat16().float())
     exact = contract_sum([Outer(images[:].double(), of_images.g.double())], numel=72)
     found = contract_sum_low([of_images], numel=72)

@@ -48,7 +48,7 @@ def test_products_of_positions_and_gradients(groups: int, monkeypatch: pytest.Mo
 def test_gradients_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """In single precision, of an input that is a tensor and of patches."""
     image = torch.randn(5, 3, 9, 9)
-    patches = Patches(image, (3, 3), (1, 1), (1, 1), 1, (5, 1, 49, 27))
+    patches = Patches(image, (3, 3), (1, 1), (1, 1), 1, (5, 1, 49, 27), (0, 0))
     for a in (torch.randn(5, 1, 49, 27), patches):
         g = torch.randn(5, 1, 49, 2)
         parts_of, sizes = [[Outer(a, g)], [Outer(None, g)]], [54, 2]
@@ -107,9 +107,8 @@ def test_the_cheaper_form_is_taken_by_shape(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("positions", [1, 4, 40])
 def test_of_factors_that_come_in_bfloat16_nothing_is_rounded_but_sums(positions: int, groups: int) -> None:
     a, g = (torch.randn(5, groups, positions, k).bfloat16().float() for k in (30, 20))
-    images = Patches(
-        torch.randn(5, 2 * groups, 7, 7).bfloat16().float(), (3, 3), (1, 1), (1, 1), groups, (5, groups, 25, 18)
-    )
+    image = torch.randn(5, 2 * groups, 7, 7).bfloat16().float()
+    images = Patches(image, (3, 3), (1, 1), (1, 1), groups, (5, groups, 25, 18), (0, 0))
     of_images = Outer(images, torch.randn(5, groups, 25, 4).bfloat16().float())
     for weight in (Outer(a, g), Outer(a[..., :3], g), of_images):
         parts_of: list[list[PerSample]] = [[weight], [Outer(None, weight.g)]]

@@ -30,7 +30,7 @@ def test_windows_are_those_of_unfold(
 
 def test_some_samples_by_groups() -> None:
     image = torch.randn(N, 4, 5, 5)
-    patches = Patches(image, (2, 2), (1, 1), (1, 1), 2, (N, 2, 16, 8))
+    patches = Patches(image, (2, 2), (1, 1), (1, 1), 2, (N, 2, 16, 8), (0, 0))
     whole = whole_input(patches)
     assert whole.shape == patches.shape
     assert torch.equal(whole, F.unfold(image, 2).unflatten(1, (2, 8)).transpose(2, 3))

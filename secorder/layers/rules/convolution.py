@@ -44,7 +44,7 @@ def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor) -> tuple[Tenso
         return a, tuple(sides[-2::-2])
     if any(sides):
         a = F.pad(a, sides, "constant" if zeros else module.padding_mode)
-    return a, ()
+    return a, (0,) * len(module.kernel_size)
 
 
 @rule_of(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, parameters=("weight", "bias"))
