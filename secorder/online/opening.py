@@ -194,7 +194,7 @@ def _warn_of(
         )
     if before is not None:
         fisher.troubles.mark(found.not_linear - before.not_linear, NOT_LINEAR)
-    slow = [x.name for x in found.layers if x.rule is None and not x.by_operations and x.enclosing is not x.module]
+    slow = [x.name for x in found.layers if x.measured_by == "rerun" and x.enclosing is not x.module]
     if slow:
         fisher.troubles.warn(
             f"the calls of layers {listed(slow)} do not determine their per-sample gradients (a row that all samples "

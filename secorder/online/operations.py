@@ -38,8 +38,6 @@ def follow(
 ) -> bool:
     """Find the uses of the layers that are measured by them; whether a checkpoint hides any."""
     layers = [layer for layer in record.attribution.layers if layer.by_operations]
-    if not layers:
-        return False
     users = users_of(outputs, inputs)
     checkpoints, in_part = False, reentrant(users)
     for layer in layers:

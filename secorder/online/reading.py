@@ -43,9 +43,7 @@ def num_samples(fisher: OnlineFisher) -> int:
 
 def num_skipped(fisher: OnlineFisher, only: WindowSums | None = None) -> dict[str, int]:
     """How many batches were left out of a layer's mean because a gradient held nan or inf, by layer (of a window)."""
-    windows: list[OnlineFisher | WindowSums] = [fisher] if fisher.earlier is None else [fisher, fisher.earlier]
-    if only is not None:
-        windows = [only]
+    windows = [only] if only is not None else [x for x in (fisher, fisher.earlier) if x is not None]
     skipped = dict.fromkeys(fisher.sums, 0)
     for window in windows:
         for name, count in counts_of(fisher, window).items():

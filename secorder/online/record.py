@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from .._torch.compile import EagerSection, never_compiled
 from .._torch.engine import accumulate_node, first_gradient_hook
 from .._torch.own_hooks import FirstHooks
-from .._torch.saved_tensors import checkpoint_section, saved_tensor_hooks_active
+from .._torch.saved_tensors import checkpoint_section
 from .._torch.versions import version
 from ..layers.rank_one import RankOne
 from ..layers.selection import Layer
@@ -228,8 +228,6 @@ class ForwardRecord:
 
     def of_another(self) -> bool:
         """Whether what a checkpoint computes again, in backward, is a part of another forward."""
-        if not saved_tensor_hooks_active():
-            return False
         section = checkpoint_section()
         return section is not None and (self.sections is None or section not in self.sections)
 
@@ -237,11 +235,8 @@ class ForwardRecord:
         """The layers that are measured by the calls of a layer's enclosing module, those of which it stands for."""
         if any(x is layer for x in self.fallback):
             return self.fallback
-        return [
-            x
-            for x in self.attribution.layers
-            if x.rule is None and not x.by_operations and x.enclosing is layer.enclosing
-        ]
+        others = self.attribution.layers
+        return [x for x in others if x.measured_by == "rerun" and x.enclosing is layer.enclosing]
 
     def strategy(self, name: str) -> tuple[Any, ...]:
         """How a layer is measured in this forward."""

@@ -77,12 +77,12 @@ class Attribution:
     @cached_property
     def by_rule(self) -> tuple[Layer, ...]:
         """The layers whose calls are seen."""
-        return tuple(x for x in self.layers if x.rule is not None and not x.by_operations)
+        return tuple(x for x in self.layers if x.measured_by == "rule")
 
     @cached_property
     def by_module(self) -> tuple[Layer, ...]:
         """Of each module that runs again the first of the layers that are measured so."""
-        found = {id(x.enclosing): x for x in reversed(self.layers) if x.rule is None and not x.by_operations}
+        found = {id(x.enclosing): x for x in reversed(self.layers) if x.measured_by == "rerun"}
         return tuple(reversed(found.values()))
 
     def reruns(self, model: nn.Module) -> bool:
