@@ -66,7 +66,7 @@ class Attachment:
         self._again: dict[int, ForwardRecord] = {}  # by thread, what a checkpoint around the model computes again
         self._sections: WeakKeyDictionary[Any, ref[ForwardRecord]] = WeakKeyDictionary()  # of checkpoints
         self._handles: list[Any] = []
-        self._aside: Aside | None = None
+        self.aside: Aside | None = None
         self.factors: Factors = {}
         self._waiting: set[int] = set()  # threads whose forward has not begun
         self._patience = 1.0  # seconds that a look waits for other threads' passes; halved by each wait in vain
@@ -91,8 +91,8 @@ class Attachment:
         if self.verifying == threading.get_ident():
             return False
         self.pauses += 1
-        if self._aside is not None:
-            self._aside.remove()
+        if self.aside is not None:
+            self.aside.remove()
         while self._handles:
             self._handles.pop().remove()
         for thread in list(self.running):
@@ -213,11 +213,6 @@ class Attachment:
         saw("forward")
         return True
 
-    def step_aside(self) -> None:
-        """A forward that is not recorded has no hook to call in the end, and must not be computed otherwise for it."""
-        if computes_by_its_hooks(self.model) and not is_running(self.model):
-            self._aside = Aside(self.model)
-
     def end(self, args: Any, kwargs: Any, output: Any, sections: list[EagerSection]) -> None:
         """The model's forward ended, perhaps by an exception (then without an output).
 
@@ -318,8 +313,9 @@ class _Begin(OwnHook):
         try:
             recorded = fisher.troubles.guarded(None, fisher.by_layer, self.owner.begin, args, kwargs, eager)
         finally:
-            if not recorded:  # it runs on as it is compiled
-                self.owner.step_aside()
+            if not recorded:  # it runs on as it is compiled, and is not computed otherwise for the hook at its end
+                if computes_by_its_hooks(module) and not is_running(module):
+                    self.owner.aside = Aside(module)
                 eager.end()
 
 

@@ -16,24 +16,31 @@ from ..._torch.saved_tensors import keeps_arguments
 from ...layers.layout import Layout
 from ...oneshot.recording import is_watch
 from .hypotheses import floating
+from .routes import selects_rows
 
 
-class Hooks(TorchFunctionMode):
-    """Sees whether the model puts hooks on its tensors' gradients, or asks for the graph's nodes, on which it could."""
+class Watched(TorchFunctionMode):
+    """Sees of a forward what its graph does not tell.
+
+    Attributes:
+        hooked: whether it puts hooks on its tensors' gradients, or asks for the graph's nodes, on which it could.
+        selections: how often it selects rows by tensors.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.put = False
+        self.hooked, self.selections = False, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        self.selections += selects_rows(func, args)
         found = func(*args, **(kwargs or {}))
         if func is Tensor.register_hook:
-            self.put |= not (len(args) > 1 and is_watch(args[1]))
+            self.hooked |= not (len(args) > 1 and is_watch(args[1]))
         elif getattr(func, "__name__", "") == "__get__" and found is not None:
             asked = getattr(getattr(func, "__self__", None), "__name__", "") == "grad_fn"
-            self.put |= asked and not keeps_arguments(found)
+            self.hooked |= asked and not keeps_arguments(found)
         return found
 
 

@@ -57,22 +57,9 @@ def _tensors(tree: Any) -> list[Tensor]:
     return list(tensors_in(tree))
 
 
-def _by_tensors(func: Any, args: Sequence[Any]) -> bool:
+def selects_rows(func: Any, args: Sequence[Any]) -> bool:
+    """Whether a function selects rows, by tensors where it may do so by other things."""
     return func in _SELECTING and (func is not _GET or bool(_tensors(args[1:])))
-
-
-class Selections(TorchFunctionMode):
-    """Counts how often a forward selects rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.count += _by_tensors(func, args)
-        return func(*args, **(kwargs or {}))
 
 
 def unowned_arguments(arguments: Any, hypothesis: Hypothesis) -> list[bool]:
@@ -167,7 +154,7 @@ class _Routes(TorchFunctionMode):
             return source[:-1] if source else source
         if func in _PACK or (func in _FIND and len(given) > (func not in _named("nonzero", "argwhere", "unique"))):
             return (*(source or ()), None)
-        if _by_tensors(func, args) and source is not None:
+        if selects_rows(func, args) and source is not None:
             return self._selected(func, args, kwargs, given, source)
         widest = max(t.dim() for t, _ in states)
         carriers = [(t, state) for t, state in states if t.dim() == widest]

@@ -42,13 +42,13 @@ from ...parallel.ranks import Ranks
 from ..carried import cut_off
 from .attribution import Attribution
 from .beside import Beside, coupling, made_beside
-from .forward_graph import ForwardGraph, Hooks
+from .forward_graph import ForwardGraph, Watched
 from .held_iterators import HOLDS, iterators_kept
 from .hypotheses import Hypothesis, SampleDim, Trial, floating, shapes_of
 from .linear_backward import not_linear
 from .outside import share_parameters, uses_outside, without_gradient
 from .relation import Verified
-from .routes import Selections, layers_of_routed_rows, unowned_arguments
+from .routes import layers_of_routed_rows, unowned_arguments
 from .rows import Rows, rows_of_layers
 from .sample_dimension import Choice, Question, choose
 from .slower import by_operations, parents_of, slower_of
@@ -200,7 +200,7 @@ def _attribute(
 
         forward = _forward(asked, isolated)
         with recorded(isolated, layers if ranks is None else [], own_parameters=ranks is not None) as recording:
-            output, selections, hooks, beside = _watched(model, forward, arguments)
+            output, watched, beside = _watched(model, forward, arguments)
             changing = tuple(p for m in model.modules() for p in buffer_places(m) if version(p.value) > 0)
             recording.close()
             isolated.require_replacements(output)
@@ -221,7 +221,7 @@ def _attribute(
                     "a rank has no samples in a verification batch: under fully_shard every rank needs some."
                 )
             leaves = [leaf for z in seen for leaf in z.leaves]
-            hooked = hooks.put or any(map(is_scripted, model.modules()))
+            hooked = watched.hooked or any(map(is_scripted, model.modules()))
             graph = ForwardGraph(output, options, hypothesis.num_samples, hooked, leaves)
             inside = [x for x in layers if x.enclosing is not model]
             outside = set() if ranks is not None else uses_outside(isolated, layers, graph.users)
@@ -230,7 +230,7 @@ def _attribute(
             found = rows_of_layers(seen, layers, trial, graph, ranks)
             if found is None:
                 return Attribution(dims=hypothesis.dims, coupled=True, changing=changing), None
-        routable = _may_route(asked, every, selections.count, hypothesis)
+        routable = _may_route(asked, every, watched.selections, hypothesis)
         routed = layers_of_routed_rows(layers, trial) if routable and layers else set()
         uses = _uses(asked, operated, layers, isolated, trial, graph, routable)
         coupled = _coupling(asked, trial, graph, beside) if chosen is None else frozenset()
@@ -242,7 +242,7 @@ def _attribute(
         not_linear=bent,
         outside=frozenset(outside),
         changing=changing,
-        selections=selections.count,
+        selections=watched.selections,
         coupling=coupled,
     ), choice
 
@@ -267,9 +267,9 @@ def _not_linear(
 
 def _whole_graph(trial: Trial, graph: ForwardGraph) -> ForwardGraph:
     """That of one more forward: in recorded calls, the layers' parameters stood apart from it."""
-    with Hooks() as hooks:
+    with Watched() as watched:
         output = trial.forward(trial.arguments)
-    return replace(graph, output=output, hooked=graph.hooked or hooks.put, leaves=())
+    return replace(graph, output=output, hooked=graph.hooked or watched.hooked, leaves=())
 
 
 def _may_route(asked: Question, every: Sequence[Layer], selections: int, hypothesis: Hypothesis) -> bool:
@@ -284,12 +284,12 @@ def _may_route(asked: Question, every: Sequence[Layer], selections: int, hypothe
 
 def _watched(
     model: nn.Module, forward: Callable[[Any], Any], arguments: Any
-) -> tuple[Any, Selections, Hooks, dict[Beside, Tensor]]:
+) -> tuple[Any, Watched, dict[Beside, Tensor]]:
     """The model's output, what it did on the way, and the tensors that it has made beside."""
     kept = set(map(id, made_beside(model, None).values()))  # by a forward before
-    with Selections() as selections, Hooks() as hooks:
+    with Watched() as watched:
         output = forward(arguments)
-    return output, selections, hooks, {p: t for p, t in made_beside(model, output).items() if id(t) not in kept}
+    return output, watched, {p: t for p, t in made_beside(model, output).items() if id(t) not in kept}
 
 
 def _coupling(asked: Question, trial: Trial, graph: ForwardGraph, beside: Mapping[Beside, Tensor]) -> frozenset[Beside]:

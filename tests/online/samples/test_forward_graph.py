@@ -10,7 +10,7 @@ from secorder.layers.layout import Layout
 from secorder.layers.selection import select_layers
 from secorder.oneshot.isolation import isolate
 from secorder.oneshot.recording import recorded
-from secorder.online.samples.forward_graph import ForwardGraph, Hooks
+from secorder.online.samples.forward_graph import ForwardGraph, Watched
 
 from ...helpers import Net
 
@@ -27,10 +27,10 @@ def forward(hook: Callable[[Tensor], Tensor] | None) -> ForwardGraph:
     model, x = Net(run, first=nn.Linear(4, 4), second=nn.Linear(4, 3)), torch.randn(6, 4)
     layers = select_layers(model)
     with isolate(model, None, layers) as isolated, recorded(isolated, layers, own_parameters=False) as recording:
-        with Hooks() as hooks:
+        with Watched() as watched:
             output = isolated.run(model, x)
         leaves = [leaf for x in layers for leaf in recording.leaves[x.name]]
-    return ForwardGraph(output, [[Layout()]], 6, hooks.put, leaves)
+    return ForwardGraph(output, [[Layout()]], 6, watched.hooked, leaves)
 
 
 def test_hooks_of_the_models_own_are_seen_and_ours_are_not() -> None:
@@ -49,3 +49,13 @@ def test_what_adds_the_leaves_is_none_of_the_models() -> None:
     assert sorted(own) == ["AddmmBackward0", "TanhBackward0"]
     assert {node.name() for node in graph.added} == {"AddBackward0"}
     assert len(graph.added) == 2
+
+
+def test_selections_by_tensors_are_counted() -> None:
+    x = torch.randn(3, 4)
+    with Watched() as watched:
+        x[0], x[:, 1:]
+        assert watched.selections == 0
+        x[torch.tensor([0, 1])]
+        x.nonzero()
+    assert watched.selections == 2

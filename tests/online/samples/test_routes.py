@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secorder.layers.selection import select_layers
 from secorder.online.samples.hypotheses import Hypothesis, Trial
-from secorder.online.samples.routes import Selections, layers_of_routed_rows
+from secorder.online.samples.routes import layers_of_routed_rows
 
 from ...helpers import Net
 
@@ -177,13 +177,3 @@ def test_layers_of_rows_that_no_shape_tells_of(forward: Callable[..., Tensor], r
 
     found = layers_of_routed_rows(select_layers(model), Trial(run, ((x,), {}), Hypothesis((0,), 6)))
     assert found == routed
-
-
-def test_selections_by_tensors_are_counted() -> None:
-    x = torch.randn(3, 4)
-    with Selections() as selections:
-        x[0], x[:, 1:]
-        assert selections.count == 0
-        x[torch.tensor([0, 1])]
-        x.nonzero()
-    assert selections.count == 2
