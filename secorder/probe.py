@@ -22,7 +22,7 @@ from ._arguments import (
 from ._caution import caution
 from ._keywords import refuses_renamed_keywords
 from ._torch.fsdp import sharded_by_gathered
-from ._torch.random_state import random_state_kept
+from ._torch.random_state import ONE_AT_A_TIME, random_state_kept
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
 from .layers.low_precision import Precision
@@ -190,7 +190,8 @@ class CurvatureProbe:
     ) -> None:
         require_flag("frozen", frozen)
         layers = list(layers) if isinstance(layers, Iterator) else layers
-        selected = _layers_to_measure(model, layer_types, layers, frozen=frozen)
+        with ONE_AT_A_TIME:
+            selected = _layers_to_measure(model, layer_types, layers, frozen=frozen)
         require_integer("every", every, 1)
         if decay is not None:
             require_number("decay", decay, zero=True)
@@ -947,7 +948,7 @@ class CurvatureProbe:
         if by_sample:
             require_one_dimension(self._sample_dim)
         batch = loss_fn, with_shared_ones_hidden(self._model, inputs, self._sample_dim), targets
-        with whole_layers(self._model, self._layers, self._ranks) as layers:
+        with ONE_AT_A_TIME, whole_layers(self._model, self._layers, self._ranks) as layers:
             options |= {"by_sample": by_sample, "sample_dim": self._one_shot_dim, "told": self._told}
             return measure(work, self._model, layers, *batch, **options)
 

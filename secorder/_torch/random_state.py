@@ -2,12 +2,16 @@
 
 import random
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+#: Held by what changes for a while what all threads share: the random state, PyTorch's settings, a model's parameters.
+ONE_AT_A_TIME = threading.RLock()
 
 
 class RandomState(NamedTuple):
@@ -42,11 +46,12 @@ def get_random_state(cuda: Sequence[int], *, of_torch: bool = False) -> RandomSt
 def random_state_kept(model: nn.Module) -> Iterator[None]:
     """What is drawn inside (by a data loader, say), also on the model's devices, is put back at the end."""
     cuda = cuda_devices(model)
-    state = get_random_state(cuda)
-    try:
-        yield
-    finally:
-        set_random_state(state, cuda)
+    with ONE_AT_A_TIME:
+        state = get_random_state(cuda)
+        try:
+            yield
+        finally:
+            set_random_state(state, cuda)
 
 
 def same_random_state(one: RandomState, other: RandomState) -> bool:

@@ -38,7 +38,7 @@ from .._torch.modules import (
 )
 from .._torch.own_hooks import added_hooks_removed, is_own
 from .._torch.pytree import call_model, map_tensors, once_each, tensors_in
-from .._torch.random_state import RandomState, cuda_devices, get_random_state, set_random_state
+from .._torch.random_state import ONE_AT_A_TIME, RandomState, cuda_devices, get_random_state, set_random_state
 from .._torch.sparse import dense_gradients
 from .._torch.surroundings import assigned, function_modes
 from .._torch.views import cloned
@@ -196,12 +196,24 @@ def isolate(
 
     With ``create_graph`` trainable parameters stay in their places, so that results can be differentiated by them;
     ``direct``, all of them. Where model and loss are ``pure``, nothing is put back: they change nothing, draw nothing
-    and hold parameters and buffers alone.
+    and hold parameters and buffers alone. Other threads wait for their turn.
     """
-    if pure:
-        with _isolated_function(model, layers, create_graph=create_graph) as isolated:
-            yield isolated
-        return
+    with (
+        ONE_AT_A_TIME,
+        (
+            _isolated_function(model, layers, create_graph=create_graph)
+            if pure
+            else _isolated(model, loss_fn, layers, create_graph=create_graph, direct=direct)
+        ) as isolated,
+    ):
+        yield isolated
+
+
+@contextmanager
+def _isolated(
+    model: nn.Module, loss_fn: Any, layers: Sequence[Layer], *, create_graph: bool, direct: bool
+) -> Iterator[IsolatedModel]:
+    """:func:`isolate` of what may change itself, draw, and hold anything."""
     loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
     whole = modules_in(model)
     modules = [m for m in whole if not is_scripted(m)]

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .._torch.autocast import autocast_state, under_autocast
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.random_state import fresh_generator
+from .._torch.surroundings import inside_transform
 from .._torch.vjp import check_chunk_size, gradients, products_at_once
 from ..batch import (
     arguments_of,
@@ -188,10 +189,7 @@ def measure(
     With ``by_sample`` the quantity is made of samples, so that inputs and targets must agree on them. What trials tell
     is kept in ``told``, for measurements to come.
     """
-    require_loss_function(loss_fn)
-    check_chunk_size(chunk_size)
-    if not isinstance(generator, (torch.Generator, type(None))):
-        raise InvalidTypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
+    _require_measurable(loss_fn, chunk_size, generator)
     for layer in layers:
         _require_present(model, layer)
     if by_sample:
@@ -232,6 +230,19 @@ def measure(
                     target.copy_(values)
         under = under_autocast(on_copies(loss_fn))
         return _measured(on_isolated, model)
+
+
+def _require_measurable(loss_fn: Any, chunk_size: int | None, generator: Any) -> None:
+    """Raise for what goes with no batch, and where nothing can be measured."""
+    if inside_transform():
+        raise ProbeStateError(
+            "a measurement runs backward passes of its own, which torch.func's transforms (vmap, grad, jvp, …) do not "
+            "take: measure outside of them."
+        )
+    require_loss_function(loss_fn)
+    check_chunk_size(chunk_size)
+    if not isinstance(generator, (torch.Generator, type(None))):
+        raise InvalidTypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
 
 
 def _measured(on_isolated: Callable[..., Result], model: nn.Module) -> Result:

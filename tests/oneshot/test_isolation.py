@@ -1,5 +1,6 @@
 """An isolated model runs from one state again and again, and goes back as it was."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from secorder.oneshot.isolation import isolate, run_isolated
 from secorder.oneshot.loss import check_loss, losses
 from secorder.oneshot.recording import recorded
 
-from ..helpers import data, make
+from ..helpers import Fn, data, make
 from ..reference import assert_all_close, fisher_by_sample, hessian_by_element
 
 
@@ -121,3 +122,22 @@ def test_what_is_written_on_parameters_is_there_and_stays() -> None:
             F.cross_entropy(model(x), y).backward()
         assert weight.calls == 3
         assert_all_close(probe.fisher_diagonal().by_parameter(), fisher)
+
+
+def test_threads_take_turns() -> None:
+    inside, over = threading.Event(), threading.Event()
+    model = nn.Sequential(random_model(), Fn(lambda z: (inside.is_set() or inside.set() or over.wait(0.3), z)[-1]))
+    parameters, state, found = list(model.parameters()), torch.get_rng_state(), []
+
+    def measured() -> None:
+        found.append(per_layer_hessian_diagonal(model, lambda f, t: f.exp().mean(), torch.ones(2, 4)))
+
+    first = threading.Thread(target=measured)
+    first.start()
+    inside.wait()
+    measured()
+    over.set()
+    first.join()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -516,6 +516,17 @@ def test_another_default_device(kind: Any) -> None:
     assert set(trace) == {"0", "2", "4"}
 
 
+def test_inside_of_a_transform() -> None:
+    model, batch = mlp(), data()
+
+    def measured(factor: Tensor) -> Tensor:
+        return factor * per_layer_hessian_diagonal(model, F.cross_entropy, *batch)["0"].sum()
+
+    for transform in (torch.func.grad, torch.func.functionalize, torch.vmap):
+        with pytest.raises(ProbeStateError, match="measure outside of them"):
+            transform(measured)(torch.ones([2] if transform is torch.vmap else []))
+
+
 def test_layers_without_elements() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
