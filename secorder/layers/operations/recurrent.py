@@ -121,11 +121,11 @@ def _gradients_on_gates(passes: Sequence[Pass]) -> Tensor:
     outside = torch.stack([_or_zeros(one.outside, one.gates[:, :, 0]) for one in passes], 1).unbind(0)
     dh += outside[-1]
     of_cells, of_output = found[:, :, :, :3].unbind(2), found[:, :, :, 3].unbind(2)
-    of_gates = found.flatten(3)
+    of_gates, dc_each = found.flatten(3), dc.unsqueeze(2)
     rows = of_gates.unbind(2)
     for t in range(steps - 1, -1, -1):
         dc.addcmul_(dh, through[t])
-        of_cells[t].mul_(dc.unsqueeze(2))
+        of_cells[t].mul_(dc_each)
         of_output[t].mul_(dh)
         if t:
             dc *= forget[t]
