@@ -25,6 +25,7 @@ _SETTINGS: dict[tuple[str, Operation], tuple[str, str]] = {
     ("cpu", "recurrence"): ("mkldnn", "rnn"),
 }
 _BY_OPERATION = hasattr(torch.backends.cudnn, "conv")
+_precision: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 #: What the older words are for float32 proper.
 _FULL = ("highest", False)
@@ -33,8 +34,9 @@ _FULL = ("highest", False)
 def rounding_of_products(device: torch.device, operation: Operation = "product") -> float:
     """The relative error that a setting allows in factors of float32; zero where they are taken as they are."""
     if _BY_OPERATION:
-        place = _SETTINGS.get((device.type, operation))
-        return 0.0 if place is None else _ROUNDED.get(_setting(place).fp32_precision, 0.0)
+        library, name = _SETTINGS.get((device.type, operation), ("", ""))
+        # What the settings' attributes are, which Python looks for in two other places first.
+        return _ROUNDED.get(_precision("cuda" if library == "cudnn" else library, name), 0.0) if library else 0.0
     if device.type == "cuda" and operation != "product":
         return _ROUNDED["tf32"] if torch.backends.cudnn.allow_tf32 else 0.0
     precision = torch.get_float32_matmul_precision()

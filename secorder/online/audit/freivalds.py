@@ -269,6 +269,7 @@ class Audit:
         of what dense ones are sums of, where these are known.
         """
         brought = {}
+        came: dict[int, Tensor | None] = {}
         for local, p in parameters.items():
             part, home = gradients.get(local), self._home.get(id(p))
             if part is None or (home is not None and _same_cotangents(gradients.get("weight"), part)):
@@ -282,7 +283,9 @@ class Audit:
             brought[local] = value
             before = None if sizes is None else sizes.get(local)
             if before is None and isinstance(part, Tensor):
-                before = before_sums(cotangents, part)
+                if part.numel() not in came:  # a weight and a bias of the same are told by the same
+                    came[part.numel()] = before_sums(cotangents, part)
+                before = came[part.numel()]
             if before is not None:
                 size = torch.maximum(size, before.to(size))
             if same:
