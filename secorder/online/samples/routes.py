@@ -49,6 +49,7 @@ _FRESH = _named(
     "empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"
 )  # fmt: skip
 _LIKE = _named("to", "type_as", "expand_as", "view_as", "reshape_as")  # of the second argument, they take no numbers
+_ADD = _named("add", "add_", "__add__", "__radd__", "__iadd__")
 _PRODUCTS = _named("matmul", "mm", "bmm", "__matmul__") | {F.linear}
 _SELECTING = _SELECT | _FIND | _PACK | {_GET}
 
@@ -104,6 +105,9 @@ class _Routes(TorchFunctionMode):
     def __init__(self, trial: Trial) -> None:
         super().__init__()
         self.dim, self.unowned = trial.hypothesis.dim or 0, unowned_arguments(trial.arguments, trial.hypothesis)
+        self.count = trial.hypothesis.num_samples
+        #: Of indices, how many rows each sample has: they count them from its own first one.
+        self.rows: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
         self.states: MutableMapping[Tensor, State] = WeakTensorKeyDictionary()
         self.nodes: dict[Node, State] = {}
 
@@ -120,6 +124,8 @@ class _Routes(TorchFunctionMode):
         state = self._after(func, args, kwargs, given)
         result = func(*args, **kwargs)
         if state is not None:
+            if isinstance(result, Tensor) and (rows := self._counted_from_own(func, given, result)):
+                self.rows[result] = rows
             for index, tensor in enumerate(tensors_in(args[0] if func is Tensor.__setitem__ else result)):
                 packed = func in _RECURRENT and index > 0 and isinstance(args[1], Tensor)
                 self.states[tensor] = state[:-1] if packed else state
@@ -138,6 +144,8 @@ class _Routes(TorchFunctionMode):
         if func in _PUT and (func is not Tensor.__setitem__ or _tensors(args[1])):
             if source is not None:
                 return source
+            if any(self._in_own_rows(given[0], index) for index in given[1:]):
+                return self.states.get(given[-1], ())
             keys = _tensors(args[1]) if func is Tensor.__setitem__ else []
             place = _place(func, args, kwargs)
             if place == 0 and self._in_rows_by_shape(keys):
@@ -172,6 +180,8 @@ class _Routes(TorchFunctionMode):
         index, place = indices[0], _place(func, args, kwargs)
         if (place > 0 and self.dim == 0) or (func is _GET and self._in_rows_by_shape(indices)):
             return source
+        if len(indices) == 1 and self._in_own_rows(given[0], index):
+            return source
         if index.dim() != 1 or index.dtype is torch.bool or func in _named("gather", "take_along_dim", "take"):
             return (*source, None)
         before = source[-1] if source else None
@@ -182,6 +192,31 @@ class _Routes(TorchFunctionMode):
     def _in_rows_by_shape(self, indices: Sequence[Tensor]) -> bool:
         """Whether these select from rows that are the same in all batches, and by data only within them."""
         return self.dim == 0 and len(indices) > 1 and indices[0] not in self.states
+
+    def _counted_from_own(self, func: Any, given: Sequence[Tensor], result: Tensor) -> int | None:
+        """How many rows each sample has, if these are indices to which the number of those before its own was added."""
+        if result.is_floating_point() or self.count < 2 or result.numel() % self.count:
+            return None
+        constant = [t for t in given if t not in self.states]
+        if func in _ADD and len(given) == 2 and len(constant) == 1 and result.numel():
+            before = constant[0].expand_as(result).reshape(self.count, -1)
+            rows = int(before[1, 0])
+            return rows if torch.equal(before, rows * _numbers(before)) else None
+        same = (t for t in given if t in self.rows and t.numel() == result.numel())
+        return next((self.rows[t] for t in same if torch.equal(t.flatten(), result.flatten().to(t.dtype))), None)
+
+    def _in_own_rows(self, tensor: Tensor, index: Tensor) -> bool:
+        """Whether an index chooses among rows of its own sample, where all samples' rows stand one after another."""
+        rows = self.rows.get(index)
+        if rows is None or self.dim != 0 or tensor.dim() == 0 or len(tensor) != rows * self.count:
+            return False
+        own = index.reshape(self.count, -1) // rows
+        return torch.equal(own, _numbers(own))
+
+
+def _numbers(rows: Tensor) -> Tensor:
+    """In the place of each element its row's number."""
+    return torch.arange(len(rows), device=rows.device, dtype=rows.dtype)[:, None].expand_as(rows)
 
 
 def _is_regular(rows: Tensor) -> bool:

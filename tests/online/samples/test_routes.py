@@ -126,6 +126,19 @@ def several_places_of_rows_elsewhere(m: Any, x: Tensor) -> Tensor:
     return m.head(m.expert(x[x.argsort(0), x.argsort(1)]))
 
 
+def one_after_another(m: Any, x: Tensor) -> Tensor:
+    """The nearest points of each point, of clouds whose points stand in one long row."""
+    near = x.argsort(1)[:, :3] + 4 * torch.arange(len(x))[:, None]
+    points = m.expert(x.flatten()[near.flatten()].view(len(x), 3)[:, [0, 1, 2, 0]])
+    mask = torch.zeros(x.numel(), dtype=x.dtype).scatter(0, near.view(-1), 1).view(len(x), 4)
+    return m.head(points * mask[:, :3] * x.flatten().index_select(0, near.reshape(-1)).view(len(x), 3))
+
+
+def one_after_another_of_others(m: Any, x: Tensor) -> Tensor:
+    near = x.argsort(1) + 4 * torch.arange(len(x))[:, None]
+    return m.head(m.expert(x.flatten()[(near + x.argsort(1)).flatten() % x.numel()].view(len(x), 4)))
+
+
 def within_routed_rows(m: Any, x: Tensor) -> Tensor:
     order = m.gate(x).argmax(1).nonzero()[:, 0]
     rows = x[order]
@@ -165,6 +178,8 @@ def across_samples(m: Any, x: Tensor) -> Tensor:
         (of_routed_rows_one_place_each, {"expert", "head"}),
         (several_places_of_each_row, set()),
         (several_places_of_rows_elsewhere, {"expert", "head"}),
+        (one_after_another, set()),
+        (one_after_another_of_others, {"expert", "head"}),
     ],
 )
 def test_layers_of_rows_that_no_shape_tells_of(forward: Callable[..., Tensor], routed: set[str]) -> None:
