@@ -26,7 +26,7 @@ def warn_if_estimated(found: Mapping[str, LayerInfo | Trace]) -> None:
         caution(
             f"{len(drawn)} of {len(found)} layers {'was' if len(drawn) == 1 else 'were'} estimated "
             f"({listed(list(drawn))}), with relative standard errors of up to {max(drawn.values()):.2g}, since exact "
-            'results take too long: pass method="exact" to have them all the same (estimate_cost tells how long).'
+            'results take more than is allowed: pass method="exact" to have them anyway (estimate_cost tells how long).'
         )
 
 
