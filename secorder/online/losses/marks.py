@@ -107,7 +107,9 @@ def _seen_as(layout: Layout, shape: Shape, other: Shape, count: int) -> Layout |
 
 def _put(attachment: object, record: ForwardRecord, place: Place, mark: _Mark) -> None:
     held: dict[Any, _Mark] = place[0].metadata.setdefault(_KEY, {})
-    held[id(attachment), id(record), place[1]] = mark
+    key = id(attachment), id(record), place[1]
+    if not isinstance(mark, _Call) or isinstance(held.get(key, mark), _Call):  # else it is known as an output
+        held[key] = mark
 
 
 def _output(tensor: Tensor, layout: Layout | None, count: int) -> Output | None:

@@ -59,6 +59,14 @@ def test_behind_an_output_of_which_too_little_is_known_layers_are_the_models_own
     assert place_of(h) not in outputs_behind([total.grad_fn], owner)[id(own)]
 
 
+def test_what_is_known_as_an_output_stays_one() -> None:
+    """A layer that is measured by the whole model, of whose calls less is known, returns the model's outputs."""
+    owner, own, (_, f, _) = Owner(), record(), forward()
+    mark_outputs(owner, own, f, [DIM_ZERO])
+    mark_calls(owner, own, "b", 0, [f])
+    assert outputs_behind([f.sum().grad_fn], owner)[id(own)][place_of(f)] is not None
+
+
 def test_marks_keep_no_record_and_end_with_the_graph() -> None:
     owner, own, (h, _, _) = Owner(), record(), forward()
     mark_calls(owner, own, "a", 0, [place_of(h)])
