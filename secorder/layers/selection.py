@@ -90,6 +90,11 @@ class Layer:
         """What tells the per-sample gradients: see :attr:`secorder.LayerInfo.measured_by`."""
         return "rule" if self.rule is not None else "operations" if self.by_operations else "rerun"
 
+    @property
+    def strategy(self) -> tuple[Rule | None, bool, nn.Module]:
+        """The same, with the rule, and the module whose calls are seen."""
+        return self.rule, self.by_operations, self.enclosing
+
     def parameter_name(self, local: str) -> str:
         """The name of a parameter in ``model.named_parameters()``."""
         return f"{self.name}.{local}" if self.name else local

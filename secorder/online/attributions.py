@@ -165,7 +165,7 @@ class Attributions:
             calls = before.known.get(layer.name, ())
             if not calls or layer.name in before.unknown | before.outside | before.untested | after.hidden:
                 continue
-            if not _alike(layer, by_name.get(layer.name, layer)) or any(
+            if layer.strategy != by_name.get(layer.name, layer).strategy or any(
                 explain(calls, now.place, now.shape, now.arguments, now.num_samples) not in (None, now.layout)
                 for now in after.known.get(layer.name, ())
             ):
@@ -192,8 +192,3 @@ class Attributions:
 
 def _ranks(shapes: Sequence[Shape]) -> tuple[int, ...]:
     return tuple(map(len, shapes))
-
-
-def _alike(one: Layer, other: Layer) -> bool:
-    """Whether a layer is measured in the same way."""
-    return (one.rule, one.by_operations, one.enclosing) == (other.rule, other.by_operations, other.enclosing)

@@ -143,18 +143,12 @@ def _require_same_parameters(fisher: OnlineFisher, state: Mapping[str, Tensor]) 
     names = {key.removeprefix("counts/") for key in state if key.startswith("counts/")}
     if different := sorted(names ^ fisher.sums.keys()):
         raise InvalidArgumentError(f"the state and the probe differ in layers {listed(different)}: {_OTHER}")
-    sizes = {
-        f"sums/{layer.parameter_name(name)}": p.numel()
-        for layer in fisher.layers
-        for name, p in layer.parameters.items()
-        if fisher.accumulate == "diagonal"
-    }
-    found = {key: value.numel() for key, value in state.items() if key.startswith("sums/")}
-    different = sorted(key.removeprefix("sums/") for key in sizes.keys() ^ found.keys())
-    if different:
+    found = {key.removeprefix("sums/"): value.numel() for key, value in state.items() if key.startswith("sums/")}
+    diagonal = [layer for layer in fisher.layers if fisher.accumulate == "diagonal"]
+    sizes = {x.parameter_name(local): p.numel() for x in diagonal for local, p in x.parameters.items()}
+    if different := sorted(sizes.keys() ^ found.keys()):
         raise InvalidArgumentError(f"the state and the probe differ in parameters {listed(different)}: {_OTHER}")
-    different = sorted(key.removeprefix("sums/") for key, size in sizes.items() if found[key] != size)
-    if different:
+    if different := sorted(name for name, size in sizes.items() if found[name] != size):
         raise InvalidArgumentError(f"the state has other shapes of parameters {listed(different)}: {_OTHER}")
 
 

@@ -240,8 +240,7 @@ class ForwardRecord:
 
     def strategy(self, name: str) -> tuple[Any, ...]:
         """How a layer is measured in this forward."""
-        layer = next(x for x in (*self.fallback, *self.attribution.layers) if x.name == name)
-        return layer.rule, layer.by_operations, layer.enclosing
+        return next(x.strategy for x in (*self.fallback, *self.attribution.layers) if x.name == name)
 
     def moved(self, parameter: Tensor) -> bool:
         """Whether something was accumulated in ``.grad`` since the forward ended."""
