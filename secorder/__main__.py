@@ -98,6 +98,8 @@ def _diagnose(options: argparse.Namespace) -> None:
     for file in (options.json if options.json != "-" else None, options.html, options.svg):
         if file is not None and not Path(file).parent.is_dir():
             raise InvalidArgumentError(f"there is no folder {Path(file).parent} for {Path(file).name}.")
+        if file is not None and Path(file).is_dir():
+            raise InvalidArgumentError(f"{file} is a folder: name a file in it.")
     if options.depth is not None and options.depth < 1:
         raise InvalidArgumentError(f"--depth must be at least 1, got {options.depth}.")
     if options.logdir is not None:

@@ -39,8 +39,9 @@ def weighted_mean(diagonals: Iterable[Diagonals], weights: Iterable[float] | Non
         >>> secorder.weighted_mean(parts, [4, 6])["0"].shape
         torch.Size([8])
     """
-    parts = list(diagonals) if isinstance(diagonals, Iterable) else [diagonals]
-    if isinstance(diagonals, Diagonals) or not all(isinstance(part, Diagonals) for part in parts):
+    several = isinstance(diagonals, Iterable) and not isinstance(diagonals, (Diagonals, Tensor))
+    parts = list(diagonals) if several else []
+    if not several or not all(isinstance(part, Diagonals) for part in parts):
         raise InvalidTypeError("weighted_mean takes several diagonals, in a list.")
     try:
         given = [1.0] * len(parts) if weights is None else [float(w) for w in weights]

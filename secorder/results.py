@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import listed, require_path, shown
+from ._arguments import listed, require_device, require_path, shown
 from ._sharing import held_before
 from ._torch.views import joined
 from .errors import InvalidArgumentError, InvalidTypeError
@@ -362,9 +362,11 @@ class Diagonals(dict[str, Tensor]):
             map_location: where tensors are put, as for ``torch.load``.
 
         Raises:
-            InvalidArgumentError: the file holds something else.
+            InvalidArgumentError: the file holds something else; ``map_location`` is no device of this machine.
         """
         require_path("file", file, or_with="read")
+        if not (callable(map_location) or isinstance(map_location, Mapping)):
+            require_device("map_location", map_location)
         try:
             state = torch.load(file, map_location=map_location, weights_only=True)
         except OSError:  # there is no file, say

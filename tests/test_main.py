@@ -238,6 +238,7 @@ def test_command_line_options(factory: str, capsys: pytest.CaptureFixture[str]) 
         (["made_for_test:factory", "--json", "missing/out.json"], "there is no folder missing for out.json"),
         (["made_for_test:factory", "--html", "missing/out.html"], "there is no folder missing"),
         (["made_for_test:factory", "--svg", "missing/out.svg"], "there is no folder missing"),
+        (["made_for_test:broken_later", "--json", "."], ". is a folder: name a file in it."),
         (["made_for_test:factory", "--logdir", "/dev/null/logs"], "Not a directory: '/dev/null/logs'"),
         (["made_for_test:factory", "--depth", "0"], "--depth must be at least 1"),
     ],

@@ -59,7 +59,8 @@ def measured(targets: torch.Tensor) -> secorder.Diagonals:
 
 
 @pytest.mark.parametrize(
-    ("diagonals", "weights"), [(None, None), ([{}], None), ("one", None), ("list", ["a"]), ("list", 2.0)]
+    ("diagonals", "weights"),
+    [(None, None), (torch.tensor(1.0), None), ([{}], None), ("one", None), ("list", ["a"]), ("list", 2.0)],
 )
 def test_what_has_no_mean(diagonals: Any, weights: Any) -> None:
     found = measured(torch.ones(2))

@@ -92,6 +92,8 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     torch.save({"weights": torch.ones(1)}, tmp_path / "other.pt")
     with pytest.raises(InvalidArgumentError, match=r"save\(\)"):
         Diagonals.load(tmp_path / "other.pt")
+    with pytest.raises(InvalidArgumentError, match="map_location must be a device of this machine"):
+        Diagonals.load(tmp_path / "hessian.pt", map_location="cuda:77")
 
 
 def test_to_another_dtype() -> None:
