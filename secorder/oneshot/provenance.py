@@ -68,8 +68,9 @@ class Calls(TorchFunctionMode):
         if name == "register_hook":
             self.hooked |= not (len(args) > 1 and is_watch(args[1]))
         elif name == "__get__":
-            self.detached |= _attribute(function) == "data"
-            self.hooked |= _attribute(function) == "grad_fn"  # which takes hooks, and tells nobody
+            attribute = _attribute(function)
+            self.detached |= attribute == "data"
+            self.hooked |= attribute == "grad_fn"  # which takes hooks, and tells nobody
         elif not self.detached and name not in _CREATIONS and _has_gradient((args, tuple(kwargs.values()))):
             self.detached = not _all_have_gradients(result, name)
         if self.entries is not None:
