@@ -40,7 +40,7 @@ def factors_between(root: Node, ends: Collection[Node]) -> list[float]:
         node = step[0]
     if found and (count := summed(node)) and count * found[-1] < 1:  # divided by more than there is
         return [*found[:-1], count * found[-1]]
-    return found[:-1] if any(map(_sums, terms(node, ends))) else found
+    return found[:-1] if any(map(sums, terms(node, ends))) else found
 
 
 def _multiplied(node: Node) -> tuple[Node, float] | None:
@@ -56,7 +56,7 @@ def _multiplied(node: Node) -> tuple[Node, float] | None:
 
 def summed(node: Node) -> int:
     """How many numbers a node has added up to one; 0 where it is no sum of all of its numbers."""
-    adds = operation_of(node) in ("Sum", "Nansum") or (_sums(node) and recomputed(node) is False)
+    adds = operation_of(node) in ("Sum", "Nansum") or (sums(node) and recomputed(node) is False)
     return _reduced(node) if adds and not shape_of(node, 0) else 0
 
 
@@ -73,7 +73,8 @@ def _reduced(node: Node) -> int:
     return prod(shape_of(*before)) // max(prod(shape_of(node, 0)), 1)
 
 
-def _sums(node: Node) -> bool:
+def sums(node: Node) -> bool:
+    """Whether a node is the sum of numbers, or of losses."""
     return operation_of(node) == "Sum" or getattr(node, "_saved_reduction", None) == SUM
 
 

@@ -19,6 +19,7 @@ As a forward ends that is recorded:
 As that backward begins, of verification batches, in the graph that still holds what it has saved:
 
 - :mod:`.seen`: what is between the loss and those tensors, seen once for all that follow.
+- :mod:`.extent`: of how many samples is a number there?
 - :mod:`.coupling`: does the loss couple samples, by its second derivatives?
 - :mod:`.choices`: does it choose among samples, or compare them, which no derivative tells?
 - :mod:`.weights`: does it weight samples, by classes or tokens?

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..._torch.graph import Node, operation_of, run_node, shape_of
 from ..._torch.loss_graph import Place, UnknownNode, pull_back
 from ..._torch.loss_terms import (
-    alone,
     averaged,
     divides_by_tensor,
     hides,
@@ -29,8 +28,7 @@ from ..._torch.loss_terms import (
     summed,
     uniform,
 )
-from ..._torch.random_state import fresh_generator
-from .choices import samples_behind
+from .extent import ADDS, copies, mixes, of_several, over_samples, samples_of
 from .seen import SeenLoss
 
 WEIGHTED = (
@@ -64,12 +62,6 @@ CURVED = frozenset({
     "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "Exp", "Expm1", "Log", "Log1P", "LogSigmoid", "LogSoftmax",
     "Logsumexp", "Sigmoid", "Softmax", "Softplus", "Tanh",
 })  # fmt: skip
-
-#: What takes a number as often as the shape of another tensor, or a shape that is given, tells.
-BROADCASTS = frozenset({"Add", "Div", "Expand", "Mul", "Repeat", "Rsub", "Sub", "Where"})
-
-#: What adds up products, or powers, of numbers, with no factor of its own.
-ADDS = frozenset({"Bmm", "Dist", "Dot", "LinalgVectorNorm", "Mm", "Mv", "Norm"})
 
 
 class Path(NamedTuple):
@@ -145,7 +137,7 @@ def _through(walk: _Walk, paths: Collection[Path], place: Place, index: int) -> 
     """
     node, number = place
     if averaged(node):
-        return [_averaged(walk, path, node) for path in paths]
+        return [_averaged(walk, path, node) for path in paths] if over_samples(walk.loss, node) else list(paths)
     if count := summed(node):
         return [_added(walk, path, count) for path in paths]
     if rows := selected(node):
@@ -157,8 +149,8 @@ def _through(walk: _Walk, paths: Collection[Path], place: Place, index: int) -> 
         own = ((x, x.scale * (1 if x.mean else times)) for x in paths)
         paths = [x._replace(power=x.power + 1, scale=scale, mean=False) for x, scale in own]
     if by is None or not by.numel():
-        joins = operation_of(node) not in ADDS and prod(shape_of(*place)) < walk.samples and _mixes(place, index)
-        if joins and _samples_of(walk.loss, *place) > 1:
+        joins = operation_of(node) not in ADDS and prod(shape_of(*place)) < walk.samples and mixes(place, index)
+        if joins and samples_of(walk.loss, *place) > 1:
             g = pull_back(walk.loss.roots, {place}).get(place)
             if g is None or not bool(g.any()):
                 return []  # a term that is switched off
@@ -175,27 +167,15 @@ def _through(walk: _Walk, paths: Collection[Path], place: Place, index: int) -> 
     # Weights that add up to one, which are no mask that leaves one, or that are a part of each sample's loss.
     one = not by.numel() % walk.samples and abs(float(by.sum()) - 1) < 1e-5 and float(by.max()) < 1
     one = one and of_several(walk.loss, node.next_functions[index])
+    if walk.told == "sum" and operation_of(node) == "Div" and _are_counts(by) and samples_of(walk.loss, *place) > 1:
+        return [path._replace(power=path.power - 1, why="sums that are divided by several numbers") for path in paths]
     return [path._replace(power=path.power - one, mean=path.mean or one) for path in paths]
 
 
-def copies(loss: SeenLoss, samples: int, node: Node, index: int) -> tuple[int, bool]:
-    """How often a node takes a number of several samples, once or more for each of all; and whether with one factor.
-
-    As a mean over them is to which losses of samples are added. Of any other input, once.
-    """
-    before = node.next_functions[index]
-    times, rest = divmod(prod(shape_of(node, 0)), prod(shape_of(*before)) or 1)
-    if rest or times < samples or times % samples or operation_of(node) not in BROADCASTS:
-        return 1, True
-    try:
-        if _samples_of(loss, *before) < 2:
-            return 1, True
-    except UnknownNode:
-        return 1, True
-    ones = ones_for(node)
-    drawn = torch.rand(ones.shape, generator=fresh_generator(), device="cpu").to(ones)
-    whole, part = (run_node(node, [g], index) for g in (ones, drawn))
-    return times, torch.allclose(part * times, whole * drawn.sum_to_size(whole.shape))
+def _are_counts(divided: Tensor) -> bool:
+    """Whether numbers are one over whole ones each."""
+    whole = 1 / divided
+    return bool(((whole - whole.round()).abs() < 1e-5 * whole.abs()).all())
 
 
 def _squared(walk: _Walk, by: Tensor) -> int:
@@ -267,51 +247,14 @@ def _chosen(walk: _Walk, path: Path, rows: int, *rest: int) -> Path:
     return path._replace(power=power, number=0, why=why)
 
 
-def _mixes(place: Place, index: int) -> bool:
-    """Whether the first number that a node makes is of several that it is given."""
-    node, number = place
-    return int(run_node(node, alone(node, number, _first(node, number)), index).count_nonzero()) > 1
-
-
-def of_several(loss: SeenLoss, place: Place) -> bool:
-    """Whether a tensor is of more than one sample, as far as its graph tells."""
-    try:
-        found = samples_behind(place, ones_for(*place), loss.outputs, fresh_generator())
-    except UnknownNode:
-        return True
-    return len(set().union(*found.values())) > 1
-
-
-def _first(node: Node, number: int) -> Tensor:
-    """One for the first number that a node has computed, and zeros for all others."""
-    one = ones_for(node, number)
-    one.view(-1)[1:] = 0
-    return one
-
-
-def _kind(node: Node, number: int) -> object:
-    """The same for nodes that do the same with tensors of the same shapes."""
-    before = tuple(tuple(shape_of(*place)) for place in node.next_functions if place[0] is not None)
-    return operation_of(node), number, tuple(shape_of(node, number)), before
-
-
 def _joins(walk: _Walk, node: Node) -> bool:
     """Whether one number that a node makes is of several samples: a loop has many alike, of one sample each."""
     if prod(shape_of(node, 0)) == 1 and walk.alike[operation_of(node)] == 1:
         return True
     try:
-        return _samples_of(walk.loss, node, 0) != 1  # where the gradient is zero, it is not known
+        return samples_of(walk.loss, node, 0) != 1  # where the gradient is zero, it is not known
     except UnknownNode:
         return True
-
-
-def _samples_of(loss: SeenLoss, node: Node, number: int) -> int:
-    """How many samples the first number is of that a node makes; zero where its gradient is."""
-    kind = _kind(node, number)
-    if kind not in loss.samples_of:
-        found = samples_behind((node, number), _first(node, number), loss.outputs, fresh_generator())
-        loss.samples_of[kind] = len(set().union(*found.values()))
-    return loss.samples_of[kind]
 
 
 def differ(loss: SeenLoss, classes: int) -> bool:

@@ -73,6 +73,8 @@ _UNMARKED = (
     "it takes what the model has returned without a dimension that holds the samples, such as one tensor for each"
 )
 
+_GIVEN = "backward() was given the gradient on what the model has returned, and no loss"
+
 #: Of the first forwards, those that come behind one that is looked at, in the same backward, are looked at, too;
 #: later where few share a backward: of a long episode, one is looked at nearly each time.
 FIRST, FEW = 256, 8
@@ -191,6 +193,9 @@ def _look(
             fisher.accumulation.scale = nan  # nothing is seen of what the weights are multiplied by
     if any(own is None and prod(shape_of(*place)) > 1 for held in met.values() for place, own in held.items()):
         fisher.troubles.unseen = _UNSEEN.format(_UNMARKED)
+    outputs = {place: own for held in met.values() for place, own in held.items() if own is not None}
+    if any(outputs[place].num_samples > 1 and g.numel() > 1 for place, g in roots.items() if place in outputs):
+        fisher.troubles.unseen = _UNSEEN.format(_GIVEN)
     loss = see(roots, met, joined=fisher.forwards == "joined")
     if loss is None:
         return

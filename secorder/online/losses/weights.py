@@ -13,7 +13,8 @@ from torch import Tensor
 from ..._torch.graph import Node, run_node
 from ..._torch.loss_graph import UnknownNode, pull_back
 from ..._torch.loss_terms import hides, is_mean, mean_over_targets, multiplier, uniform, weights_within
-from .powers import WEIGHTED, copies, differ, of_several
+from .extent import copies, of_several
+from .powers import WEIGHTED, differ
 from .seen import SeenLoss
 
 _TOO_LATE = (

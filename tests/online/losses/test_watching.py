@@ -80,6 +80,18 @@ def test_where_a_loss_cannot_be_looked_at_the_first_read_says_so(name: str) -> N
     assert "cannot be seen whether the loss couples" in warned
 
 
+def test_where_backward_is_given_the_gradient_on_the_outputs_the_first_read_says_so() -> None:
+    for n, warns in ((6, True), (1, False)):
+        model, (x, t) = make(), data(n)
+        with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            z = model(x)
+            z.backward((z.detach().softmax(1) - F.one_hot(t, 3)) / n)
+            probe.fisher_diagonal(missing="skip")
+        said = [str(w.message) for w in caught if "no loss" in str(w.message)]
+        assert bool(said) is warns
+
+
 def test_what_a_check_has_found_is_not_assumed_any_more() -> None:
     model, batch = make(), data(6)
     with CurvatureProbe(model) as probe:
