@@ -29,11 +29,16 @@ def gram_by_onednn(like: Tensor, positions: int, width: int) -> bool:
     return multiplied_by_onednn(like, positions**2 * width // SMALL)
 
 
-def row_grams(rows: Tensor) -> Tensor:
-    """Each sample's rows (N, positions, width) with one another; of bfloat16 in float32: only sums are rounded."""
+def row_grams(rows: Tensor, others: Tensor | None = None) -> Tensor:
+    """Each sample's rows (N, positions, width) with one another, or with as many others.
+
+    Of bfloat16 in float32: only sums are rounded.
+    """
+    others = rows if others is None else others
     if gram_by_onednn(rows, *rows.shape[1:]):
-        return torch.stack([product_by_onednn(own, own.t()) for own in rows.unbind()])
-    columns = rows.transpose(1, 2)
+        pairs = zip(rows.unbind(), others.unbind(), strict=True)
+        return torch.stack([product_by_onednn(own, other.t()) for own, other in pairs])
+    columns = others.transpose(1, 2)
     return product_in_float32(rows, columns) if rows.dtype is torch.bfloat16 else torch.bmm(rows, columns)
 
 

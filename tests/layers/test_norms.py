@@ -76,6 +76,33 @@ def test_products_of_positions_by_onednn(monkeypatch: pytest.MonkeyPatch) -> Non
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("positions", [8, 12, 15])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_pairs_across_halves_are_compared_once(positions: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In single precision by oneDNN, as often as rows can be halved, where they lie side by side."""
+    halves_from = 2  # rows: of fewer, products are not for oneDNN
+    monkeypatch.setattr(grams, "multiplied_by_onednn", lambda like, n: like.dtype is torch.float32 and n >= halves_from)
+    products = Mock(wraps=grams.row_grams)
+    monkeypatch.setattr(norms, "row_grams", products)
+    a, g = torch.randn(3, groups, positions, 300), torch.randn(3, groups, positions, 200)
+    halvings = {8: 3, 12: 2, 15: 0}[positions]  # down to 1, 3, and 15
+    for parts, sizes in (([a, g], [60000, 200]), ([a, g], [60000])):
+        sizes = [groups * size for size in sizes]
+        expected = squared_norms([[Outer(a, g)], [Outer(None, g)]][: len(sizes)], sizes)
+        for together in (True, False):
+            left, right = (x.float() if together else _apart(x.float()) for x in parts)
+            products.reset_mock()
+            found = squared_norms([[Outer(left, right)], [Outer(None, right)]][: len(sizes)], sizes)
+            side_by_side = together or groups > 1  # groups are copied
+            assert products.call_count == 2 * (1 + halvings * side_by_side)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
+def _apart(x: Tensor) -> Tensor:
+    """The same numbers in a memory that has the positions first."""
+    return x.transpose(0, 2).contiguous().transpose(0, 2)
+
+
 def test_rows_that_are_looked_up_more_than_once() -> None:
     for positions in (1, 5, 200):
         rows = Rows(torch.randint(7, (5, positions)), torch.randn(5, positions, 3), 7)
