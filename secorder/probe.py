@@ -54,7 +54,7 @@ from .oneshot.overwriting import on_copies
 from .oneshot.quantity import Quantity, quantity_cost
 from .oneshot.timing import Told, seconds_of
 from .oneshot.trace import Trace, traces
-from .oneshot.warn import warn_if_estimated, warn_if_inexact, warn_if_not_finite
+from .oneshot.warn import warn_if_estimated, warn_if_not_finite
 from .online.attributions import Attributions
 from .online.checkpoint import load_state, state_of, synchronize
 from .online.fisher import Accumulate, OnlineFisher
@@ -702,7 +702,6 @@ class CurvatureProbe:
         if method == "auto":
             warn_if_estimated(hessian.info)
         warn_if_not_finite(hessian, "Hessian")
-        warn_if_inexact(self._layers)
         return hessian
 
     @takes_data_sets(by_sample=lambda options: options.get("of", "hessian") != "hessian")
@@ -768,8 +767,6 @@ class CurvatureProbe:
         if method == "auto":
             warn_if_estimated(found)
         warn_if_not_finite(found, "trace")
-        if of == "hessian":
-            warn_if_inexact(self._layers)
         return found
 
     def hessian_eigenvalues(
@@ -826,8 +823,6 @@ class CurvatureProbe:
         _check_curvature(of, by)
         require_flag("progress", progress)
         ends = Ends(count, which, tolerance, max_iterations)
-        if of == "hessian":
-            warn_if_inexact(self._layers)
         options: dict[str, Any] = {"by_sample": of != "hessian", "generator": generator, "chunk_size": chunk_size}
         if is_data_set(inputs, targets):
             with random_state_kept(self._model):

@@ -1,29 +1,42 @@
-"""PyTorch's weight normalisation, and whether its second derivative is exact."""
+"""PyTorch's weight normalisation by elementary operations: its own has no exact second derivatives.
 
-from functools import cache
+The backward pass of its backward pass takes the norm that the forward saved for a constant.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
 
-def weight_normalised(module: nn.Module) -> bool:
-    """Whether a weight of a module is normalised by PyTorch's own kernel, along its first or last dimension."""
-    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
-    dims = [(hook.dim, getattr(module, f"{hook.name}_v").dim()) for hook in hooks]
-    for holder in getattr(module, "parametrizations", {}).values():
-        dims += [(p.dim, holder.original1.dim()) for p in holder if isinstance(p, _WeightNorm)]
-    return any(dim in (0, size - 1) for dim, size in dims)
+def differentiable_weight_norm(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+    """Inside, the weights of modules that PyTorch normalises can be differentiated twice."""
+    return _Elementary() if any(map(_normalised, modules)) else nullcontext()
 
 
-@cache
-def second_derivative_is_exact() -> bool:
-    """Whether a derivative of the kernel's backward pass is exact: it may take the saved norm of v for a constant."""
-    v = torch.tensor([[0.6, 0.8]], dtype=torch.float64, device="cpu", requires_grad=True)
-    g = torch.ones(1, 1, dtype=torch.float64, device="cpu")
-    with torch.enable_grad():
-        kernel, elementary = torch._weight_norm(v, g, 0), v * g / v.norm(dim=1, keepdim=True)
-        derivatives = [torch.autograd.grad(w[0, 0], v, create_graph=True)[0] for w in (kernel, elementary)]
-        found, expected = (torch.autograd.grad(derivative[0, 0], v)[0] for derivative in derivatives)
-    return torch.allclose(found, expected)
+class _Elementary(TorchFunctionMode):
+    """Inside, w = v g / ‖v‖ consists of operations that can be differentiated at will."""
+
+    def __torch_function__(
+        self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Look at one call."""
+        return (_weight_norm if function is torch._weight_norm else function)(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    wide = v.to(torch.promote_types(v.dtype, torch.float32))  # as PyTorch's own
+    return (wide * (g.to(wide.dtype) / torch.norm_except_dim(wide, 2, dim))).to(v.dtype)
+
+
+def _normalised(module: nn.Module) -> bool:
+    """Whether PyTorch normalises a weight of a module, by a hook or a parametrization."""
+    holders = getattr(module, "parametrizations", {}).values()
+    return any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()) or any(
+        isinstance(p, _WeightNorm) for holder in holders for p in holder
+    )

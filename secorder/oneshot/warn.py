@@ -1,14 +1,12 @@
-"""Warnings about a result: estimated, inexact, not finite."""
+"""Warnings about a result: estimated, not finite."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from .._arguments import listed
 from .._caution import caution
-from .._torch.weight_norm import second_derivative_is_exact, weight_normalised
-from ..layers.selection import Layer
 from ..results import LayerInfo
 from .trace import Trace
 
@@ -35,17 +33,6 @@ def warn_if_not_finite(found: Mapping[str, Tensor | Trace], what: str) -> None:
     bad = [name for name, values in found.items() if not _finite(values)]
     if bad:
         caution(NO_SUCH_DERIVATIVE.format(f"the {what} of {listed(bad)}"))
-
-
-def warn_if_inexact(layers: Sequence[Layer]) -> None:
-    """Warn of measured layers of which PyTorch itself has no exact second derivative."""
-    bad = [x.name for x in layers if any(map(weight_normalised, x.module.modules()))]
-    if bad and not second_derivative_is_exact():
-        caution(
-            "PyTorch's second derivative of weight_norm is not exact (it takes the norm for a constant), and neither "
-            f"is the Hessian of {listed(bad)}: a parametrization of your own has an exact one "
-            "(g * v / v.norm(dim=1, keepdim=True))."
-        )
 
 
 def _finite(values: Tensor | Trace) -> bool:

@@ -1,33 +1,85 @@
-"""PyTorch's weight normalisation."""
+"""PyTorch's weight normalisation, differentiated twice."""
 
 import warnings
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from secorder._torch.weight_norm import second_derivative_is_exact, weight_normalised
+from secorder import per_layer_hessian_diagonal
+from secorder._torch.weight_norm import differentiable_weight_norm
+
+from ..helpers import no_warnings
 
 
-@pytest.mark.parametrize(("dim", "expected"), [(0, True), (1, True), (None, False)])
-def test_layers_whose_weights_are_normalised_by_the_kernel(dim: Any, expected: bool) -> None:
+def by_hook(layer: nn.Module, dim: int | None) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        old = nn.utils.weight_norm(nn.Linear(3, 2), dim=dim)
-    assert [weight_normalised(layer) for layer in (old, weight_norm(nn.Linear(3, 2), dim=dim))] == [expected] * 2
-    assert not weight_normalised(nn.Linear(3, 2))
+        warnings.simplefilter("ignore")  # deprecated
+        return nn.utils.weight_norm(layer, dim=dim)
 
 
-def test_a_second_derivative_by_differences() -> None:
-    """The one that PyTorch gives is within rounding of the differences of its first ones, or is said not to be."""
-    v, g = torch.tensor([[0.3, -1.2, 0.7]], requires_grad=True), torch.tensor([[1.5]])
+def by_parametrization(layer: nn.Module, dim: int | None) -> nn.Module:
+    return weight_norm(layer, dim=dim)  # type: ignore[arg-type]
 
-    def slope(v: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad(torch._weight_norm(v, g, 0)[0, 1], v, create_graph=True)[0][0, 1]
 
-    step = 1e-6 * torch.tensor([[0.0, 1.0, 0.0]])
-    difference = (slope(v + step) - slope(v - step)) / 2e-6
-    (told,) = torch.autograd.grad(slope(v), v)
-    assert second_derivative_is_exact() == torch.allclose(told[0, 1], difference, atol=1e-6)
+WAYS = pytest.mark.parametrize("normalise", [by_hook, by_parametrization])
+DIMS = pytest.mark.parametrize("dim", [0, 1, 2, -1, None])
+
+
+@WAYS
+@DIMS
+def test_weights_are_those_of_pytorch_in_any_dtype(normalise: Callable[..., nn.Module], dim: int | None) -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        layer = normalise(nn.Conv1d(3, 2, 2), dim).to(dtype)
+        one = torch.eye(6, dtype=dtype).view(6, 3, 2)  # of which each output is one weight and the bias
+        expected = layer(one)
+        with differentiable_weight_norm(layer.modules()):
+            found = layer(one)
+        torch.testing.assert_close(found, expected)
+
+
+def test_others_run_as_they_are() -> None:
+    calls: list[object] = []
+
+    class Other(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(torch.overrides._get_current_function_mode())
+            return super().forward(x)
+
+    layer = Other(3, 2)
+    with differentiable_weight_norm(layer.modules()):
+        layer(torch.ones(1, 3))
+    assert calls == [None]
+
+
+@WAYS
+@DIMS
+def test_hessians_are_those_of_differences(normalise: Callable[..., nn.Module], dim: int | None) -> None:
+    """By differences of first derivatives: double backward through PyTorch's kernel takes the norm for a constant."""
+    layer = normalise(nn.Conv1d(2, 2, 2), dim)
+    model, x, y = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)), torch.randn(3, 2, 3), torch.arange(3)
+    with no_warnings():
+        found = per_layer_hessian_diagonal(model, nn.CrossEntropyLoss(), x, y, layer_types="all").by_parameter()
+
+    def gradient(p: Tensor) -> Tensor:
+        return torch.autograd.grad(nn.functional.cross_entropy(model(x), y), p)[0]
+
+    for name, p in layer.named_parameters(prefix="0"):
+        expected = torch.zeros_like(p)
+        for i in range(p.numel()):
+            step = torch.zeros(p.numel()).index_fill_(0, torch.tensor(i), 1e-5).view_as(p)
+            with torch.no_grad():
+                p.add_(step)
+                above = gradient_of(gradient, p)
+                p.sub_(2 * step)
+                below = gradient_of(gradient, p)
+                p.add_(step)
+            expected.view(-1)[i] = (above - below).view(-1)[i] / 2e-5
+        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-8)
+
+
+def gradient_of(gradient: Callable[[Tensor], Tensor], p: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return gradient(p)
