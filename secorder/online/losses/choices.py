@@ -105,7 +105,7 @@ def samples_behind(
     factors = torch.rand(cotangent.shape, generator=generator, device="cpu") + 0.5  # so that nothing cancels
     found = {}
     for output, g in pull_back({place: cotangent * factors.to(cotangent)}, outputs).items():
-        samples = (outputs[output].layout.split(g).flatten(1) != 0).any(1).nonzero().flatten().tolist()
+        samples = (outputs[output].layout.split(g).unsqueeze(-1).flatten(1) != 0).any(1).nonzero().flatten().tolist()
         if samples:
             found[output] = {(outputs[output].group, n) for n in samples}
     return found

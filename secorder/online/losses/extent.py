@@ -82,7 +82,7 @@ def over_samples(loss: SeenLoss, node: Node) -> bool:
 def _samples_beyond_rounding(loss: SeenLoss, place: Place, g: Tensor) -> int:
     """How many samples a gradient, pulled back to the outputs, comes to, but for what cancels to rounding."""
     sizes = [
-        loss.outputs[output].layout.split(pulled).flatten(1).abs().amax(1)
+        loss.outputs[output].layout.split(pulled).unsqueeze(-1).flatten(1).abs().amax(1)
         for output, pulled in pull_back({place: g}, loss.outputs).items()
     ]
     return max((int((own > rounding(own.dtype) * own.max()).sum()) for own in sizes), default=0)

@@ -263,7 +263,8 @@ def differ(loss: SeenLoss, classes: int) -> bool:
         gradients = loss.gradients
     except UnknownNode:
         return False
-    counts = [(loss.outputs[place].layout.split(g.detach()) != 0).flatten(1).sum(1) for place, g in gradients.items()]
+    split = [loss.outputs[place].layout.split(g.detach()).unsqueeze(-1) for place, g in gradients.items()]
+    counts = [(own != 0).flatten(1).sum(1) for own in split]
     return any(bool(2 * (own.amax() - own.amin()) >= classes) for own in counts)
 
 

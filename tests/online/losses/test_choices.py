@@ -2,11 +2,12 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe
 from secorder._torch.graph import tells_recomputation
@@ -16,7 +17,7 @@ from secorder.online.losses.choices import chooses
 from secorder.online.losses.marks import Output
 from secorder.online.losses.seen import see
 
-from ...helpers import data, mlp
+from ...helpers import Net, data, mlp
 from ..loops import follow
 
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
@@ -99,3 +100,13 @@ def test_samples_that_are_rows_of_several() -> None:
         seen = see({place_of(loss): torch.ones(())}, {0: {place_of(z): Output(layout, 1.0, 3)}}, joined=False)
         assert seen is not None
         assert bool(chooses(seen)) is coupled
+
+
+def test_of_outputs_of_one_number_a_sample_choices_are_seen() -> None:
+    model = Net(lambda m, x: m.a(x).squeeze(1), a=nn.Linear(4, 1))
+
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        z = m(b[0])
+        return (z[:, None] - z[None] + 0.5).relu().mean()
+
+    assert follow(model, [data(n) for n in (6, 7)], loss).refused
