@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._torch.failures import is_missing_graph
 from .._torch.pytree import map_tensors, tensors_in
+from .._torch.random_state import cuda_devices, get_random_state, same_random_state
 from .._torch.vjp import chunks, default_chunk_size, stacked_vjp
 from ..batch import sample_dimension
 from ..layers.dtypes import MOST_ROUNDING, rounding
@@ -58,7 +59,7 @@ def outputs_independent(
     run = forward or isolated.forward
     before = without_gradients(run, inputs) if output is None else output
     base = [t.detach() if output is not None else t.detach().clone() for t in tensors_in(before)]
-    if not _as_alone(run, inputs, base, count, sample_dim):
+    if count > 2 and not _as_alone(isolated, run, inputs, base, count, sample_dim):
         return False
     if count > 2 and _places_exchanged(run, inputs, base, count, sample_dim):
         return True
@@ -126,30 +127,39 @@ def _places_exchanged(
     return True
 
 
-def _as_alone(run: Callable[[Any], Any], inputs: Any, base: Sequence[Tensor], count: int, sample_dim: int) -> bool:
-    """Whether some samples, each twice in a batch of its own, have the outputs that they had in the batch of all.
+def _as_alone(
+    isolated: IsolatedModel, run: Callable[[Any], Any], inputs: Any, base: Sequence[Tensor], count: int, sample_dim: int
+) -> bool:
+    """Whether some samples, each copied all over a batch of its own, have the outputs that they had in that of all.
 
-    Not so where a branch, a number or the size of the batch goes by all samples. Where the two differ (of dropout, each
-    place has its own), or the model does not take such a batch, nothing is told.
+    Not so where a branch, a number or the size of the batch goes by all samples. They stay in their places, which may
+    differ (of dropout, of a list beside the tensors). The first two are in batches of two, unless what is drawn goes by
+    the size. Where the model does not take such a batch, nothing is told.
     """
-    for sample in sorted({0, count // 2, count - 1}):
+    cuda = cuda_devices(isolated.model)
 
-        def twice(tensor: Tensor, sample: int = sample) -> Tensor:
+    def kept(sample: int, size: int) -> bool:
+        def copies(tensor: Tensor) -> Tensor:
             dim = sample_dimension(tensor, count, sample_dim)
-            both = torch.tensor([sample] * 2, device=tensor.device)
-            return tensor if dim is None else tensor.index_select(dim, both)
+            return tensor if dim is None else tensor.index_select(dim, torch.full([size], sample, device=tensor.device))
 
         try:
-            found = without_gradients(run, map_tensors(twice, inputs))
-        except Exception:  # of the model
+            found = list(_placed(base, without_gradients(run, map_tensors(copies, inputs)), count, sample_dim))
+        except Exception:  # of the model, or of another number of outputs
             return True
-        for before, after, dim in _placed(base, found, count, sample_dim):
-            expected = twice(before)
-            if expected.shape != after.shape or bool(changed_entries(after, after.flip(dim)).any()):
-                return True
-            if bool(changed_entries(expected, after).any()):
-                return False
-    return True
+        return all(
+            copies(before).shape != after.shape
+            or not changed_entries(before, after.narrow(dim, sample, 1)).select(dim, sample).any()
+            for before, after, dim in found
+        )
+
+    if not kept(count - 1, count):
+        return False
+    drawn = get_random_state(cuda)
+    return all(
+        kept(sample, 2) or (not same_random_state(drawn, get_random_state(cuda)) and kept(sample, count))
+        for sample in (0, 1)
+    )
 
 
 def _resampled(count: int, nowhere: Sequence[int] = ()) -> Tensor:
