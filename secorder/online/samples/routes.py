@@ -124,7 +124,7 @@ class _Routes(TorchFunctionMode):
         state = self._after(func, args, kwargs, given)
         result = func(*args, **kwargs)
         if state is not None:
-            if isinstance(result, Tensor) and (rows := self._counted_from_own(func, given, result)):
+            if isinstance(result, Tensor) and not state and (rows := self._counted_from_own(func, given, result)):
                 self.rows[result] = rows
             for index, tensor in enumerate(tensors_in(args[0] if func is Tensor.__setitem__ else result)):
                 packed = func in _RECURRENT and index > 0 and isinstance(args[1], Tensor)
@@ -146,13 +146,10 @@ class _Routes(TorchFunctionMode):
                 return source
             if any(self._in_own_rows(given[0], index) for index in given[1:]):
                 return self.states.get(given[-1], ())
-            keys = _tensors(args[1]) if func is Tensor.__setitem__ else []
-            place = _place(func, args, kwargs)
-            if place == 0 and self._in_rows_by_shape(keys):
-                return next((self.states.get(value, ()) for value in _tensors(args[2])), ())
+            written = _tensors(args[2]) if func is Tensor.__setitem__ else given[-1:]
+            if self._within_samples(func, args, kwargs):
+                return self.states.get(written[0], ()) if written else ()
             rows = self.states.get(given[-1])
-            if place > 0 and self.dim == 0:
-                return rows or ()
             return rows[:-1] if rows else () if any(state for _, state in states) else _OPAQUE
         if func is F.embedding_bag and isinstance(offsets := kwargs.get("offsets"), Tensor):
             return self.states.get(offsets, ())
@@ -177,10 +174,8 @@ class _Routes(TorchFunctionMode):
         indices = given[1:]
         if not any(index in self.states for index in indices):
             return source  # the same for all batches
-        index, place = indices[0], _place(func, args, kwargs)
-        if (place > 0 and self.dim == 0) or (func is _GET and self._in_rows_by_shape(indices)):
-            return source
-        if len(indices) == 1 and self._in_own_rows(given[0], index):
+        index = indices[0]
+        if self._within_samples(func, args, kwargs) or (len(indices) == 1 and self._in_own_rows(given[0], index)):
             return source
         if index.dim() != 1 or index.dtype is torch.bool or func in _named("gather", "take_along_dim", "take"):
             return (*source, None)
@@ -189,9 +184,17 @@ class _Routes(TorchFunctionMode):
             return source[:-1]
         return (*source, index.detach().clone())
 
-    def _in_rows_by_shape(self, indices: Sequence[Tensor]) -> bool:
-        """Whether these select from rows that are the same in all batches, and by data only within them."""
-        return self.dim == 0 and len(indices) > 1 and indices[0] not in self.states
+    def _within_samples(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether data selects, or writes, within rows that are the same in all batches, and not among samples there.
+
+        These are, by shape, the first dimension's, or another's that has as many entries where the first one has not.
+        """
+        tensor = args[0] if args else kwargs["input"]
+        first, *others = places = _places(tensor, func, args, kwargs)
+        if first == 0 and (not others or any(key in self.states for key in _tensors(args[1])[:1])):
+            return False
+        among = [place for place in places if place > 0 and tensor.shape[place] == self.count]
+        return self.dim == 0 and (not among or len(tensor) == self.count)
 
     def _counted_from_own(self, func: Any, given: Sequence[Tensor], result: Tensor) -> int | None:
         """How many rows each sample has, if these are indices to which the number of those before its own was added."""
@@ -228,10 +231,12 @@ def _is_regular(rows: Tensor) -> bool:
     )
 
 
-def _place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The dimension that is selected from, or written into."""
+def _places(tensor: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """The dimensions that are selected from, or written into."""
     if func not in (_GET, Tensor.__setitem__):
         numbers = [a for a in (kwargs.get("dim"), *args[1:]) if isinstance(a, int) and not isinstance(a, bool)]
-        return int(numbers[0]) % max(1, (args[0] if args else kwargs["input"]).dim()) if numbers else 0
-    keys = args[1] if isinstance(args[1], tuple) else (args[1],)
-    return next((i for i, key in enumerate(keys) if isinstance(key, (Tensor, list))), 0)
+        return [int(numbers[0]) % max(1, tensor.dim()) if numbers else 0]
+    keys = [key for key in (args[1] if isinstance(args[1], tuple) else (args[1],)) if key is not None]
+    for i in [i for i, key in enumerate(keys) if key is Ellipsis]:
+        keys[i : i + 1] = [slice(None)] * (tensor.dim() - len(keys) + 1)
+    return [i for i, key in enumerate(keys) if isinstance(key, (Tensor, list))] or [0]

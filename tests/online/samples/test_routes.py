@@ -150,6 +150,40 @@ def within_routed_rows(m: Any, x: Tensor) -> Tensor:
     return result
 
 
+def sorted_columns(m: Any, x: Tensor) -> Tensor:
+    """Samples that stand in the second dimension, in an order that depends on data, and back."""
+    order, rows = x.sum(1).argsort(), torch.arange(4)[:, None]
+    columns = m.expert(x.repeat(4, 1, 1)[rows, order[None]])
+    return m.head(columns[rows, order.argsort()[None]]).sum(0)
+
+
+def sorted_columns_written_back(m: Any, x: Tensor) -> Tensor:
+    order, rows = x.sum(1).argsort(), torch.arange(4)[:, None]
+    columns = m.expert(x.repeat(4, 1, 1).index_select(1, order))
+    result = torch.zeros(4, len(x), 3, dtype=x.dtype)
+    result[rows, order[None]] = columns
+    return m.head(result + torch.zeros_like(result).index_copy(1, order, columns)).sum(0)
+
+
+def in_a_new_dimension(m: Any, x: Tensor) -> Tensor:
+    """What stands before the indices takes none of the dimensions that they select from."""
+    order = x.sum(1).argsort()
+    return m.head(m.expert(x[None, order])[..., order.argsort(), :][0])
+
+
+def within_rows_behind_others(m: Any, x: Tensor) -> Tensor:
+    """Entries of samples that stand in the second dimension."""
+    return m.head(m.expert(x.repeat(4, 1, 1)[..., x.argsort(1)[0]])).sum(0)
+
+
+def as_many_as_data_keeps(m: Any, x: Tensor) -> Tensor:
+    """Of indices within rows some, which may be all by chance."""
+    near = x.argsort(1) + 4 * torch.arange(len(x))[:, None]
+    kept = near[x > -1e9]
+    rows = m.expert(x.flatten()[kept][:, None].expand(-1, 4))
+    return m.head(torch.zeros(x.numel(), 3, dtype=x.dtype).index_add(0, kept, rows).view(len(x), 4, 3)).sum(1)
+
+
 def across_samples(m: Any, x: Tensor) -> Tensor:
     return m.head(m.expert(torch.gather(x, index=x.argsort(0), dim=-2)))
 
@@ -180,6 +214,11 @@ def across_samples(m: Any, x: Tensor) -> Tensor:
         (several_places_of_rows_elsewhere, {"expert", "head"}),
         (one_after_another, set()),
         (one_after_another_of_others, {"expert", "head"}),
+        (sorted_columns, {"expert", "head"}),
+        (sorted_columns_written_back, {"expert"}),
+        (in_a_new_dimension, {"expert"}),
+        (within_rows_behind_others, set()),
+        (as_many_as_data_keeps, {"expert"}),
     ],
 )
 def test_layers_of_rows_that_no_shape_tells_of(forward: Callable[..., Tensor], routed: set[str]) -> None:
