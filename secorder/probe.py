@@ -22,7 +22,7 @@ from ._arguments import (
 from ._caution import caution
 from ._keywords import refuses_renamed_keywords
 from ._torch.fsdp import sharded_by_gathered
-from ._torch.random_state import ONE_AT_A_TIME, random_state_kept
+from ._torch.random_state import one_at_a_time, random_state_kept
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
 from .layers.low_precision import Precision
@@ -190,7 +190,7 @@ class CurvatureProbe:
     ) -> None:
         require_flag("frozen", frozen)
         layers = list(layers) if isinstance(layers, Iterator) else layers
-        with ONE_AT_A_TIME:
+        with one_at_a_time():
             selected = _layers_to_measure(model, layer_types, layers, frozen=frozen)
         require_integer("every", every, 1)
         if decay is not None:
@@ -943,7 +943,7 @@ class CurvatureProbe:
         if by_sample:
             require_one_dimension(self._sample_dim)
         batch = loss_fn, with_shared_ones_hidden(self._model, inputs, self._sample_dim), targets
-        with ONE_AT_A_TIME, whole_layers(self._model, self._layers, self._ranks) as layers:
+        with one_at_a_time(), whole_layers(self._model, self._layers, self._ranks) as layers:
             options |= {"by_sample": by_sample, "sample_dim": self._one_shot_dim, "told": self._told}
             return measure(work, self._model, layers, *batch, **options)
 

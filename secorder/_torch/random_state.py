@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-#: Held by what changes for a while what all threads share: the random state, PyTorch's settings, a model's parameters.
-ONE_AT_A_TIME = threading.RLock()
+_LOCK = threading.RLock()
 
 
 class RandomState(NamedTuple):
@@ -43,10 +42,24 @@ def get_random_state(cuda: Sequence[int], *, of_torch: bool = False) -> RandomSt
 
 
 @contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Inside, other threads wait: what all share changes (the random state, PyTorch's settings, a model's parameters).
+
+    A thread that Python did not start waits for none: autograd's of a device run what whoever is inside waits for.
+    """
+    held = _LOCK.acquire(blocking=not isinstance(threading.current_thread(), threading._DummyThread))
+    try:
+        yield
+    finally:
+        if held:
+            _LOCK.release()
+
+
+@contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
     """What is drawn inside (by a data loader, say), also on the model's devices, is put back at the end."""
     cuda = cuda_devices(model)
-    with ONE_AT_A_TIME:
+    with one_at_a_time():
         state = get_random_state(cuda)
         try:
             yield

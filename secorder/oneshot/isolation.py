@@ -38,7 +38,7 @@ from .._torch.modules import (
 )
 from .._torch.own_hooks import added_hooks_removed, is_own
 from .._torch.pytree import call_model, map_tensors, once_each, tensors_in
-from .._torch.random_state import ONE_AT_A_TIME, RandomState, cuda_devices, get_random_state, set_random_state
+from .._torch.random_state import RandomState, cuda_devices, get_random_state, one_at_a_time, set_random_state
 from .._torch.sparse import dense_gradients
 from .._torch.surroundings import assigned, function_modes
 from .._torch.views import cloned
@@ -199,7 +199,7 @@ def isolate(
     and hold parameters and buffers alone. Other threads wait for their turn.
     """
     with (
-        ONE_AT_A_TIME,
+        one_at_a_time(),
         (
             _isolated_function(model, layers, create_graph=create_graph)
             if pure

@@ -1,5 +1,6 @@
 """An isolated model runs from one state again and again, and goes back as it was."""
 
+import _thread
 import threading
 from typing import Any
 
@@ -141,3 +142,16 @@ def test_threads_take_turns() -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_thread_of_autograd_does_not_wait_for_what_waits_for_it() -> None:
+    """Such as that of a device, which runs what a probe does at the end of a backward."""
+    model, done = random_model(), threading.Event()
+
+    def ends_a_backward() -> None:
+        with isolate(model, None, []):
+            done.set()
+
+    with isolate(model, None, []):
+        _thread.start_new_thread(ends_a_backward, ())
+        assert done.wait(5)
