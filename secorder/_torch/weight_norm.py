@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
@@ -36,7 +37,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 def _normalised(module: nn.Module) -> bool:
     """Whether PyTorch normalises a weight of a module, by a hook or a parametrization."""
-    holders = getattr(module, "parametrizations", {}).values()
+    holders: Any = module.parametrizations if is_parametrized(module) else {}
     return any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()) or any(
-        isinstance(p, _WeightNorm) for holder in holders for p in holder
+        isinstance(p, _WeightNorm) for name in holders for p in holders[name]
     )

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .._torch.autocast import autocast_state, under_autocast
+from .._torch.modules import modules_in
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.random_state import fresh_generator
 from .._torch.surroundings import inside_transform
 from .._torch.vjp import check_chunk_size, gradients, products_at_once
+from .._torch.weight_norm import differentiable_weight_norm
 from ..batch import (
     arguments_of,
     batch_size,
@@ -213,7 +215,9 @@ def measure(
     pure = certain and known and pure_by_structure(model)
 
     def on_isolated(direct: bool, recordable: bool = True) -> Result:
-        with isolate(model, loss_fn, layers, create_graph=create_graph, direct=direct, pure=pure) as isolated:
+        twice = [] if by_sample and not create_graph else modules_in(model)  # differentiated twice
+        isolation = isolate(model, loss_fn, layers, create_graph=create_graph, direct=direct, pure=pure)
+        with isolation as isolated, differentiable_weight_norm(twice):
             batch = inputs, targets, count, sample_dim
             how = generator, create_graph, chunk_size, progress
             task = Measurement(isolated, layers, under, *batch, *how, certain, known, autocast, mismatch, owned)

@@ -17,7 +17,6 @@ from .._torch.modules import modules_in
 from .._torch.own_hooks import suspended
 from .._torch.stance import eager
 from .._torch.surroundings import parametrizations_computed_anew, unseen
-from .._torch.weight_norm import differentiable_weight_norm
 
 
 @contextmanager
@@ -46,7 +45,6 @@ def as_written(model: nn.Module, *, training: bool) -> Iterator[None]:
         stack.enter_context(parametrizations_computed_anew())
         if not training:
             stack.enter_context(differentiable_recurrence(model))
-            stack.enter_context(differentiable_weight_norm(modules_in(model)))
         stack.enter_context(plain_checkpoints())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from secorder import per_layer_hessian_diagonal
+from secorder import per_layer_fisher_diagonal, per_layer_hessian_diagonal
+from secorder._torch import weight_norm as ours
 from secorder._torch.weight_norm import differentiable_weight_norm
 
 from ..helpers import no_warnings
@@ -49,9 +50,33 @@ def test_others_run_as_they_are() -> None:
             return super().forward(x)
 
     layer = Other(3, 2)
+    layer.parametrizations = ["of the user's own"]
     with differentiable_weight_norm(layer.modules()):
         layer(torch.ones(1, 3))
     assert calls == [None]
+
+
+@WAYS
+def test_a_fisher_is_made_of_pytorchs_own_unless_it_is_to_be_differentiated(
+    normalise: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+    own = ours._weight_norm
+    monkeypatch.setattr(ours, "_weight_norm", lambda *given: (calls.append(None), own(*given))[1])
+    model, x, y = nn.Sequential(normalise(nn.Linear(2, 3), 0), nn.Tanh(), nn.Linear(3, 3)), torch.randn(3, 2), [0, 1, 2]
+    for create_graph in (False, True):
+        found = per_layer_fisher_diagonal(
+            model, nn.CrossEntropyLoss(), x, torch.tensor(y), layer_types="all", create_graph=create_graph
+        )
+        assert bool(calls) is create_graph
+    p = next(p for name, p in model.named_parameters() if name.startswith("0.") and p.dim() > 1)
+    (derivative,) = torch.autograd.grad(found["0"].sum(), p)
+    sums = []
+    for step in (1e-5, -2e-5):
+        with torch.no_grad():
+            p[0, 0] += step
+        sums.append(per_layer_fisher_diagonal(model, nn.CrossEntropyLoss(), x, torch.tensor(y))["0"].sum())
+    torch.testing.assert_close(derivative[0, 0], (sums[0] - sums[1]) / 2e-5, rtol=1e-6, atol=1e-8)
 
 
 @WAYS
