@@ -248,8 +248,12 @@ def _chosen(walk: _Walk, path: Path, rows: int, *rest: int) -> Path:
 
 
 def _joins(walk: _Walk, node: Node) -> bool:
-    """Whether one number that a node makes is of several samples: a loop has many alike, of one sample each."""
-    if prod(shape_of(node, 0)) == 1 and walk.alike[operation_of(node)] == 1:
+    """Whether one number that a node makes is of several samples: a loop has many alike, of one sample each.
+
+    Of several samples' mean, too, the gradient may come to one alone, such as where all others keep a margin.
+    """
+    alike, as_samples = walk.alike[operation_of(node)], not averaged(node) % walk.samples
+    if prod(shape_of(node, 0)) == 1 and alike < (walk.samples if as_samples else 2):
         return True
     try:
         return samples_of(walk.loss, node, 0) != 1  # where the gradient is zero, it is not known

@@ -191,6 +191,8 @@ def _look(
         fisher.accumulation.see_division(roots, {node for places in met.values() for node, _ in places})
         if fisher.returned and record.weights is not None:
             fisher.accumulation.scale = nan  # nothing is seen of what the weights are multiplied by
+    else:
+        fisher.accumulation.scale = 1.0
     if any(own is None and prod(shape_of(*place)) > 1 for held in met.values() for place, own in held.items()):
         fisher.troubles.unseen = _UNSEEN.format(_UNMARKED)
     outputs = {place: own for held in met.values() for place, own in held.items() if own is not None}

@@ -362,6 +362,16 @@ def test_a_mean_over_some_samples_that_have_as_many_numbers_as_there_are_samples
     assert all("a mean of 2 that were selected" in reason for reason in came.refused.values())
 
 
+def test_a_mean_of_which_the_gradient_comes_to_one_sample_is_one_beside_another() -> None:
+    """As where all others keep a margin."""
+
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        z = m(b[0])
+        return z[:, 0].mul(b[1] == 1).mean() + z.square().mean()
+
+    assert follow(make(), [(data(n)[0], (torch.arange(n) == 1).long()) for n in (6, 7)], loss).exact
+
+
 def test_a_mask_that_leaves_one_sample_is_no_mean() -> None:
     came = followed(lambda z, t: (z.square().sum(1) * torch.tensor([0.0, 1.0]).to(z)).sum(), "mean", 2)
     assert came.refused

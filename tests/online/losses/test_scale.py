@@ -101,6 +101,19 @@ def test_a_factor_that_is_no_scale_is_none_of_its_business(kind: str) -> None:
     assert follow(model(), batches(), lambda m, b: losses[kind](m(*b), b[1])).exact
 
 
+@pytest.mark.parametrize("reduction", ["mean", alike])
+def test_what_an_earlier_loss_was_divided_by_tells_nothing_of_one_that_the_model_returns(reduction: Any) -> None:
+    net = model()
+    with CurvatureProbe(net, reduction=reduction, loss_scale="returned") as probe:
+        for number, (x, y) in enumerate(batches()):
+            out = net(x, y)
+            loss = out["loss"] if number else F.cross_entropy(out["logits"], y)
+            (loss / 4).backward()
+            if not number:
+                net.zero_grad()
+        assert probe.fisher_diagonal()
+
+
 @pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
 @pytest.mark.parametrize("untold", [None, "returned"])
 def test_a_scaler_that_nothing_is_told_of_is_told_of(untold: Any) -> None:
