@@ -166,7 +166,8 @@ class CurvatureCallback(TrainerCallback, ExportableState):
                 return
         caution(
             f"the curvature of the steps before {state.global_step} is not in what is resumed from: there is no "
-            f"{self._file(args.process_index)} in {folders[0]}. It is accumulated anew."
+            f"{self._file(args.process_index)} in {folders[0]}, as a callback of these options writes it. It is "
+            "accumulated anew."
         )
 
     def _file(self, rank: int) -> str:

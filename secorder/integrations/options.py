@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from ..online.samples.hypotheses import check_sample_dim
 from ..probe import CurvatureProbe
 
 #: The options by which callbacks of one trainer accumulate different numbers.
-_APART = ("module", "layer_types", "layers", "frozen", "accumulate", "every", "decay")
+_APART = ("module", "layer_types", "layers", "frozen", "accumulate", "every", "decay", "precision", "on_nonfinite")
 
 
 def _keywords(function: Any) -> set[str]:
@@ -33,7 +33,7 @@ def divided(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     ``strict`` goes to both; what neither has is an option of the recorder's measurements, which checks it.
     """
     probe, recorder = _keywords(CurvatureProbe), _keywords(CurvatureRecorder)
-    of_probe = {key: value for key, value in options.items() if key in probe}
+    of_probe = {key: list(x) if isinstance(x, Iterator) else x for key, x in options.items() if key in probe}
     of_recorder = {key: value for key, value in options.items() if key in recorder or key not in probe}
     return of_probe, of_recorder
 

@@ -1,6 +1,7 @@
 """Diagonals as numbers, histograms and pictures in any sink."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 from torch import Tensor
@@ -56,9 +57,8 @@ def log_diagonals(sinks: Any, diagonals: Mapping[str, Tensor], step: int, kind: 
         ...     log_diagonals(writer, {"fc1": torch.rand(10), "fc2": torch.rand(5)}, step=0, kind="fisher")
     """
     require_integer("step", step, 0)
-    log = CurvatureLog(sinks, strict=True)
-    log.diagonals(kind, diagonals, step)
-    log.close()
+    with closing(CurvatureLog(sinks, strict=True)) as log:
+        log.diagonals(kind, diagonals, step)
 
 
 def numbers_of(kind: str, statistics: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

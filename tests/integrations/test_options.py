@@ -17,10 +17,17 @@ def test_keywords_find_their_owner() -> None:
     assert of_recorder == {"log_every": 10, "strict": True, "method": "exact"}
 
 
+def test_names_of_layers_that_come_one_by_one_are_kept() -> None:
+    of_probe, _ = divided({"layers": iter(["0"])})
+    try_options(of_probe, {})
+    assert "0" in told_apart(of_probe)
+    assert list(of_probe["layers"]) == ["0"]
+
+
 def test_callbacks_that_accumulate_different_numbers_are_told_apart() -> None:
     some: list[dict[str, Any]] = [{}, {"layers": "0"}, {"layers": "2"}, {"every": 2}, {"every": 5}, {"decay": 0.5}]
     some += [{"accumulate": "trace"}, {"layer_types": "all"}, {"layer_types": nn.Linear}]
-    some += [{"layer_types": (nn.Linear, nn.Conv2d)}]
+    some += [{"layer_types": (nn.Linear, nn.Conv2d)}, {"precision": "bfloat16"}, {"on_nonfinite": "keep"}]
     assert len(set(map(told_apart, some))) == len(some)
     assert told_apart({"layers": None, "strict": True}) == ""
     named = [told_apart({"layers": x}) for x in (("0", "2"), {"2", "0"}, {"2": 1, "0": 1}.keys())]

@@ -1,6 +1,8 @@
 """Diagonals as numbers, histograms and pictures."""
 
 import math
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from secorder import InvalidTypeError
 from secorder.monitor.log import PICTURES, CurvatureLog, log_diagonals
+from secorder.monitor.sinks.tensorboard import TensorBoardSink
 
 from ..helpers import Taking
 
@@ -77,3 +80,13 @@ def test_pictures_are_drawn_ever_less_often() -> None:
 def test_a_step_is_an_integer(step: Any) -> None:
     with pytest.raises(InvalidTypeError, match="step must be an integer"):
         log_diagonals(Taking(), {"a": torch.rand(3)}, step, "fisher")
+
+
+@pytest.mark.parametrize("diagonals", [{"a": torch.rand(3)}, {"a": 3}])
+def test_what_a_path_opens_is_closed(diagonals: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    closed: list[Any] = []
+    monkeypatch.setattr(TensorBoardSink, "close", lambda sink: closed.append(sink))
+    with nullcontext() if isinstance(diagonals["a"], torch.Tensor) else pytest.raises(InvalidTypeError):
+        log_diagonals(tmp_path, diagonals, 0, "fisher")
+    assert len(closed) == 1

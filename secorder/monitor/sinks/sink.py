@@ -80,7 +80,7 @@ def check_sink(given: Any) -> None:
     """Raise unless a sink can be made of it, without making one: paths are not opened."""
     if isinstance(given, (str, PathLike)):
         require_path("a sink", given)
-        if Path(given).suffix in _NO_FOLDERS:
+        if Path(given).suffix in _NO_FOLDERS and not Path(given).is_dir():
             raise InvalidArgumentError(
                 f"a sink is the path {given}: pass one that ends in .jsonl or .csv, or a folder for TensorBoard."
             )

@@ -66,6 +66,12 @@ def test_a_file_of_another_kind_is_no_folder(name: str) -> None:
         sink_of(name)
 
 
+def test_a_folder_that_is_there_may_have_any_name(tmp_path: Path) -> None:
+    for name in ("runs.log", "exp.2024"):
+        (tmp_path / name).mkdir()
+        assert isinstance(sink_of(tmp_path / name), TensorBoardSink)
+
+
 @pytest.mark.parametrize("kind", [CSVSink, JSONLinesSink, TensorBoardSink, LightningSink])
 def test_a_sink_is_made_of_what_it_writes_to(kind: Any) -> None:
     with pytest.raises(InvalidTypeError, match="must "):
