@@ -13,6 +13,7 @@ from .._torch.collectives import has_ranks
 from .._torch.cudnn import differentiable_recurrence
 from .._torch.ddp import within_rank
 from .._torch.float32 import full_float32
+from .._torch.lone_norms import contiguous_gradients
 from .._torch.modules import modules_in
 from .._torch.own_hooks import suspended
 from .._torch.stance import eager
@@ -45,6 +46,7 @@ def as_written(model: nn.Module, *, training: bool) -> Iterator[None]:
         stack.enter_context(parametrizations_computed_anew())
         if not training:
             stack.enter_context(differentiable_recurrence(model))
+            stack.enter_context(contiguous_gradients())
         stack.enter_context(plain_checkpoints())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
