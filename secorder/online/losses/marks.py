@@ -108,7 +108,7 @@ def _seen_as(layout: Layout, shape: Shape, other: Shape, count: int) -> Layout |
 def _put(attachment: object, record: ForwardRecord, place: Place, mark: _Mark) -> None:
     held: dict[Any, _Mark] = place[0].metadata.setdefault(_KEY, {})
     key = id(attachment), id(record), place[1]
-    if not isinstance(mark, _Call) or isinstance(held.get(key, mark), _Call):  # else it is known as an output
+    if not (isinstance(mark, _Call) and isinstance(held.get(key), Output)):  # what is known as an output stays one
         held[key] = mark
 
 

@@ -67,6 +67,14 @@ def test_what_is_known_as_an_output_stays_one() -> None:
     assert outputs_behind([f.sum().grad_fn], owner)[id(own)][place_of(f)] is not None
 
 
+def test_of_an_output_of_which_nothing_is_known_the_layer_that_returns_it_tells() -> None:
+    """Such as one more than the batches had that were looked at."""
+    owner, own, (_, f, _) = Owner(), record(), forward()
+    mark_outputs(owner, own, f, [])
+    mark_calls(owner, own, "a", 0, [f])
+    assert outputs_behind([f.sum().grad_fn], owner)[id(own)][place_of(f)] is not None
+
+
 def test_marks_keep_no_record_and_end_with_the_graph() -> None:
     owner, own, (h, _, _) = Owner(), record(), forward()
     mark_calls(owner, own, "a", 0, [place_of(h)])
