@@ -57,6 +57,7 @@ from .output_hessian import as_samples, filled
 from .recorded_layer import RecordedLayer, contract_pairs, settle
 from .recording import ChainForward, Recording, recorded, seen
 from .roots import Columns, First, Root, Single
+from .together import alone_as_together
 
 #: Types of which a forward is one operation that has a rule, or moves beside it.
 ONE_OPERATION = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.Embedding)
@@ -345,14 +346,10 @@ def _heads(
 
 def require_independent_samples(task: Measurement, output: Any) -> None:
     """Raise :class:`CouplingError` unless no sample of the batch influences another one's output."""
-    if not task.certain and not outputs_independent(
-        task.isolated,
-        task.inputs,
-        task.num_samples,
-        task.sample_dim,
-        task.isolated.forward_in_full_precision,
-        None if task.autocast else output,
-    ):
+    forward = task.isolated.forward_in_full_precision
+    known = None if task.autocast else output
+    how: Any = task.isolated, task.inputs, task.num_samples, task.sample_dim, forward, known
+    if not task.certain and not (alone_as_together(*how) and outputs_independent(*how)):
         raise CouplingError(
             "the samples of the batch influence one another's outputs (batch normalisation in train mode? samples "
             "not in dim 0, or an argument that they share, see sample_dim=?), so that per-sample gradients are not "

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .._torch.failures import is_missing_graph
 from .._torch.pytree import map_tensors, tensors_in
-from .._torch.random_state import cuda_devices, get_random_state, same_random_state
 from .._torch.vjp import chunks, default_chunk_size, stacked_vjp
 from ..batch import sample_dimension
 from ..layers.dtypes import MOST_ROUNDING, rounding
@@ -54,13 +53,11 @@ def outputs_independent(
     Where samples that take one another's places, some of them twice and others not at all, all keep the outputs that
     they had, the one forward tells. Where they do not (of dropout, each place has its own), are too much alike, or may
     not stand in another order (sorted by length), there are more. What all samples decide together may stay as it is in
-    all of these; so samples that fill a batch of their own must keep their outputs too.
+    all of these: see :func:`secorder.oneshot.together.alone_as_together`.
     """
     run = forward or isolated.forward
     before = without_gradients(run, inputs) if output is None else output
     base = [t.detach() if output is not None else t.detach().clone() for t in tensors_in(before)]
-    if count > 2 and not _as_alone(isolated, run, inputs, base, count, sample_dim):
-        return False
     if count > 2 and _places_exchanged(run, inputs, base, count, sample_dim):
         return True
     in_order = False
@@ -76,14 +73,14 @@ def outputs_independent(
                 raise
             in_order = True
             found = without_gradients(run, replaced(mask))
-        for before, after, dim in _placed(base, found, count, sample_dim):
+        for before, after, dim in placed(base, found, count, sample_dim):
             kept = ~mask.to(before.device)
             if bool(changed_entries(before, after).movedim(dim, 0)[kept].any()):
                 return False
     return True
 
 
-def _placed(base: Sequence[Tensor], found: Any, count: int, sample_dim: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+def placed(base: Sequence[Tensor], found: Any, count: int, sample_dim: int) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Of output tensors that hold numbers of samples what they were, what they are, and the samples' dimension."""
     for before, after in zip(base, tensors_in(found), strict=True):
         dim = sample_dimension(before, count, sample_dim)
@@ -120,46 +117,11 @@ def _places_exchanged(
         found = without_gradients(run, map_tensors(exchanged, inputs))
     except Exception:  # of the model: of what must be in order
         return False
-    for before, after, dim in _placed(base, found, count, sample_dim):
+    for before, after, dim in placed(base, found, count, sample_dim):
         expected = before.index_select(dim, order.to(before.device))
         if expected.shape != after.shape or bool(changed_entries(expected, after).any()):
             return False
     return True
-
-
-def _as_alone(
-    isolated: IsolatedModel, run: Callable[[Any], Any], inputs: Any, base: Sequence[Tensor], count: int, sample_dim: int
-) -> bool:
-    """Whether some samples, each copied all over a batch of its own, have the outputs that they had in that of all.
-
-    Not so where a branch, a number or the size of the batch goes by all samples. They stay in their places, which may
-    differ (of dropout, of a list beside the tensors). The first two are in batches of two, unless what is drawn goes by
-    the size. Where the model does not take such a batch, nothing is told.
-    """
-    cuda = cuda_devices(isolated.model)
-
-    def kept(sample: int, size: int) -> bool:
-        def copies(tensor: Tensor) -> Tensor:
-            dim = sample_dimension(tensor, count, sample_dim)
-            return tensor if dim is None else tensor.index_select(dim, torch.full([size], sample, device=tensor.device))
-
-        try:
-            found = list(_placed(base, without_gradients(run, map_tensors(copies, inputs)), count, sample_dim))
-        except Exception:  # of the model, or of another number of outputs
-            return True
-        return all(
-            copies(before).shape != after.shape
-            or not changed_entries(before, after.narrow(dim, sample, 1)).select(dim, sample).any()
-            for before, after, dim in found
-        )
-
-    if not kept(count - 1, count):
-        return False
-    drawn = get_random_state(cuda)
-    return all(
-        kept(sample, 2) or (not same_random_state(drawn, get_random_state(cuda)) and kept(sample, count))
-        for sample in (0, 1)
-    )
 
 
 def _resampled(count: int, nowhere: Sequence[int] = ()) -> Tensor:

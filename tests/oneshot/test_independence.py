@@ -1,7 +1,5 @@
 """Do samples act on one another?"""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -177,27 +175,6 @@ def test_a_scale_by_the_largest_number_of_the_batch_is_seen_whoever_holds_it(cou
             assert not outputs_independent(isolated, x, count, 0)
         with pytest.raises(CouplingError):
             per_layer_fisher_diagonal(model, nn.functional.mse_loss, x, torch.randn(count, 2))
-
-
-@pytest.mark.parametrize(
-    ("factor", "expected"),
-    [
-        (lambda x: 2.0 if bool(x.mean() > 0) else 1.0, False),
-        (lambda x: float(x.median()), False),
-        (len, False),
-        (lambda x: (x.mean(1, keepdim=True) > 0) + 1.0, True),
-        (lambda x: nn.functional.dropout(torch.ones_like(x)), True),
-        (lambda x: (torch.rand(len(x), 1) < 0.5) + 1.0, True),  # which places may have in common by chance
-        (lambda x: (torch.rand(len(x), 1), torch.rand(()))[1], True),
-        (lambda x: torch.tensor([1.0, 1, 2, 2, 3, 3])[: len(x), None], True),
-        (lambda x: torch.stack([row * k for row, k in zip(x.sign(), [1, 1, 2, 2, 3, 3], strict=False)]), True),
-    ],
-)
-def test_what_all_samples_decide_together_is_seen(factor: Any, expected: bool) -> None:
-    x = torch.tensor([-1.0, 2.0, 3.0, 1.0, 2.0, 3.0])[:, None].expand(6, 4).contiguous()
-    for _ in range(10):
-        with isolate(Fn(lambda x: x * factor(x)), None, []) as isolated:
-            assert outputs_independent(isolated, x, 6, 0) is expected
 
 
 def test_outputs_of_one_sample_each() -> None:
