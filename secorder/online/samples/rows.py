@@ -1,6 +1,6 @@
 """The rows of each layer's output, and the samples that they belong to: by graph, weighted cotangents, or change."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -49,11 +49,15 @@ def rows_of_layers(
 
     Ranks that parameters lie over do the same together.
     """
-    result = Rows()
+    result, kept = Rows(), set()
     if layers and graph.ends:
-        beside = [z for z in seen if any(accumulate_node(leaf) in graph.beside for leaf in z.leaves)]
+        options = {z.layer.name: _options(z, graph.count) for z in seen}
+        nodes = {z.layer.name: set(map(accumulate_node, z.leaves)) for z in seen}
+        # What no output depends on may be in the loss yet, where the model keeps it: of several layouts, which is it?
+        kept = {x for x, own in nodes.items() if own.isdisjoint(graph.users) and any(len(o) > 1 for o in options[x])}
+        beside = [z for z in seen if z.layer.name in kept or not nodes[z.layer.name].isdisjoint(graph.beside)]
         told = [z for z in seen if z not in beside]
-        evidence = _AtLeaves(graph, told)
+        evidence = _AtLeaves(graph, told, options)
         try:
             evidence.judge([accumulate_node(leaf) for z in told for leaf in z.leaves])
         except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
@@ -62,7 +66,9 @@ def rows_of_layers(
             for z in told:
                 _note(z, evidence, result)
             layers = [z.layer for z in beside]
-    return result if not layers or _by_change(layers, trial, ranks, result) else None
+    apart = not layers or _by_change(layers, trial, ranks, result)
+    result.reached -= kept
+    return result if apart else None
 
 
 class _AtLeaves(ByCotangents):
@@ -70,20 +76,26 @@ class _AtLeaves(ByCotangents):
 
     real = False
 
-    def __init__(self, graph: ForwardGraph, layers: Sequence[RecordedLayer]) -> None:
+    def __init__(
+        self, graph: ForwardGraph, layers: Sequence[RecordedLayer], options: Mapping[str, Sequence[list[Layout]]]
+    ) -> None:
         super().__init__(graph.ends, graph.count, fresh_generator(graph.ends[0][0].device), graph.inner_sizes)
-        self.options: dict[Node, list[Layout]] = {}
-        for z in layers:
-            joint = None if z.layer.rule is None else layout_options(z, graph.count)
-            for index, leaf in enumerate(z.leaves):
-                options = any_layout(leaf, graph.count) if joint is None else [layouts[index] for layouts in joint]
-                self.options[accumulate_node(leaf)] = options
+        own = [(leaf, of_leaf) for z in layers for leaf, of_leaf in zip(z.leaves, options[z.layer.name], strict=True)]
+        self.options: dict[Node, list[Layout]] = {accumulate_node(leaf): of_leaf for leaf, of_leaf in own}
 
     def _candidates(self, node: Node, output: Output) -> list[Layout]:
         return list(self.options[node])
 
     def _shared(self, node: Node, output: Output) -> bool:
         return self.inner_sizes.get((node, output.number)) == SHARED
+
+
+def _options(z: RecordedLayer, count: int) -> list[list[Layout]]:
+    """For each output of a layer the layouts that it may have by shape."""
+    if z.layer.rule is None:
+        return [any_layout(leaf, count) for leaf in z.leaves]
+    joint = layout_options(z, count)
+    return [[layouts[index] for layouts in joint] for index in range(len(z.leaves))]
 
 
 def _note(z: RecordedLayer, evidence: Evidence, result: Rows) -> None:

@@ -1,5 +1,7 @@
 """Which rows of a layer's output belong to which sample."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,3 +52,32 @@ def test_what_is_not_linear_is_no_rounding() -> None:
     found = attribute(model, select_layers(model), (torch.randn(5, 4),), {}, 0)
     assert "first" not in found.known or {x.name: x for x in found.layers}["first"].enclosing is model
     assert "second" in found.known
+
+
+@pytest.mark.parametrize("steps", [5, 6, 12])
+def test_of_what_the_model_keeps_for_the_loss_alone_samples_are_where_change_shows_them(steps: int) -> None:
+    """Positions first, of which there may be as many as samples: no output depends on it, nor tells."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.kept = m.second(x.transpose(0, 1)).square().mean()
+        output: Tensor = m.first(x).sum(1)
+        return output
+
+    def loss(m: Any, b: Any) -> Tensor:
+        return F.cross_entropy(m(b[0]), b[1]) + m.kept
+
+    model: Any = Net(forward, first=nn.Linear(4, 3), second=nn.Linear(4, 3))
+    found = follow(model, [(torch.randn(6, steps, 4), torch.arange(6) % 3) for _ in range(3)], loss)
+    assert found.exact
+    assert not found.warned
+
+
+def test_of_what_is_left_unused_nothing_is_said() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.second(x.transpose(0, 1).mean(1, keepdim=True).expand(-1, 6, -1))
+        output: Tensor = m.first(x).sum(1)
+        return output
+
+    batches = [(torch.randn(6, 6, 4), torch.arange(6) % 3) for _ in range(3)]
+    model = Net(forward, first=nn.Linear(4, 3), second=nn.Linear(4, 3))
+    assert not follow(model, batches, lambda m, b: F.cross_entropy(m(b[0]), b[1])).warned
