@@ -15,6 +15,9 @@ from ..batch import sample_dimension
 from .independence import changed_entries, placed, without_gradients
 from .isolation import IsolatedModel
 
+#: Samples in the first, cheap batches.
+FEW = 64
+
 
 def alone_as_together(
     isolated: IsolatedModel, inputs: Any, count: int, sample_dim: int, forward: Callable[[Any], Any], output: Any = None
@@ -23,8 +26,9 @@ def alone_as_together(
 
     The former are those with the smallest and the largest sum, between which there is what a mean is compared with.
     Samples stay in their places, which may differ (of dropout, of a list beside the tensors). Without the last one all
-    others change where the size of the batch counts; a few may by rounding, where the model rounds or chooses. Nothing
-    is told by batches that the model does not take, or for which it draws other numbers.
+    others change where the size of the batch counts. Where the first few samples alone keep their outputs, no more is
+    run; where not, rounding or other draws may be why, of which there are none, or the fewest, in a batch of the size.
+    Nothing is told by batches that the model does not take.
     """
     if count < 3:
         return True
@@ -51,20 +55,23 @@ def alone_as_together(
             found |= entries.reshape(len(samples), -1).any(1).cpu()
         return found
 
-    for sample in _extremes(inputs, count, sample_dim):
-        found = changed([sample] * count)
-        if found is not None and bool(found[sample]):
+    few = min(count, FEW)
+    for sample in _extremes(inputs, few, count, sample_dim):
+        if all((found := changed([sample] * size)) is not None and bool(found[sample]) for size in (few, count)):
             return False
-    drawn = get_random_state(cuda)
-    found = changed(range(count - 1))
+    found = changed(range(min(few, count - 1)))
+    if found is None or not bool(found.all()):
+        return True
+    changed([0] * count)
+    drawn, found = get_random_state(cuda), changed(range(count - 1))
     return found is None or not bool(found.all()) or not same_random_state(drawn, get_random_state(cuda))
 
 
-def _extremes(inputs: Any, count: int, sample_dim: int) -> set[int]:
-    """The samples with the smallest and the largest sum of numbers."""
+def _extremes(inputs: Any, few: int, count: int, sample_dim: int) -> set[int]:
+    """Of the first samples those with the smallest and the largest sum of numbers."""
     for tensor in tensors_in(inputs):
         dim = sample_dimension(tensor, count, sample_dim)
         if dim is not None and tensor.layout == torch.strided and not tensor.is_complex():
-            sums = tensor.detach().movedim(dim, 0).reshape(count, -1).sum(1)
+            sums = tensor.detach().narrow(dim, 0, few).movedim(dim, 0).reshape(few, -1).sum(1)
             return {int(sums.argmin()), int(sums.argmax())}
-    return {0, count - 1}
+    return {0, few - 1}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from secorder import CouplingError, per_layer_fisher_diagonal
+from secorder.oneshot import together
 from secorder.oneshot.isolation import isolate
 from secorder.oneshot.together import alone_as_together
 
@@ -27,7 +28,11 @@ from ..helpers import Fn, data
         (lambda x: torch.stack([row * k for row, k in zip(x.sign(), [1, 1, 2, 2, 3, 3], strict=False)]), True),
     ],
 )
-def test_what_all_samples_decide_together_is_seen(factor: Any, expected: bool) -> None:
+@pytest.mark.parametrize("few", [3, 64])
+def test_what_all_samples_decide_together_is_seen(
+    factor: Any, expected: bool, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(together, "FEW", few)
     x = torch.tensor([-1.0, 2.0, 3.0, 1.0, 2.0, 3.0])[:, None].expand(6, 4).contiguous()
     for _ in range(10):
         with isolate(Fn(lambda x: x * factor(x)), None, []) as isolated:
@@ -40,8 +45,10 @@ def test_outputs_of_one_sample_each() -> None:
         assert alone_as_together(isolated, x, 6, 0, isolated.forward)
 
 
-def test_numbers_that_round_otherwise_in_another_batch() -> None:
+@pytest.mark.parametrize("few", [3, 64])
+def test_numbers_that_round_otherwise_in_another_batch(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of a network in training for few bits do, where products of other sizes are made by other code."""
+    monkeypatch.setattr(together, "FEW", few)
 
     def rounds(x: Tensor) -> Tensor:
         return torch.cat([x[:1] + len(x) / 64, x[1:]]) if len(x) < 6 else x
