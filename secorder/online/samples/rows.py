@@ -103,8 +103,13 @@ def _note(z: RecordedLayer, evidence: Evidence, result: Rows) -> None:
     nodes = list(map(accumulate_node, z.leaves))
     layouts = [layout for node in nodes for layout in evidence.layouts[node] if layout is not None]
     if len(layouts) == len(nodes):
-        told = enumerate(zip(layouts, z.leaves, strict=True))
-        result.known[z.layer.name] = [(layout, i, tuple(leaf.shape)) for i, (layout, leaf) in told]
+        shapes = [tuple(leaf.shape) for leaf in z.leaves]
+        # Where no gradient comes, zeros would do for samples anywhere: outputs of the same shape tell.
+        told = {s: x for s, x, node in zip(shapes, layouts, nodes, strict=True) if node in evidence.moved}
+        by_node = zip(shapes, layouts, nodes, strict=True)
+        result.known[z.layer.name] = [
+            (x if node in evidence.moved else told.get(s, x), i, s) for i, (s, x, node) in enumerate(by_node)
+        ]
     else:
         result.unknown.add(z.layer.name)
     if any(node in evidence.moved and node not in evidence.blank for node in nodes):

@@ -30,6 +30,20 @@ def test_by_cotangents_and_by_change_the_same_rows_are_found(returns_loss: bool)
     }
 
 
+def test_a_call_without_gradient_is_told_by_one_of_the_same_shape() -> None:
+    """Such as of queries, (6, N, 4), of which a mask is made first: zeros would do for two rows a sample as well."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        queries = m.first(x).repeat(6, 1, 1)
+        mask = (m.second(queries) > 0).detach()
+        hidden: Tensor = m.second(queries * (1 + mask))
+        return hidden.transpose(0, 1)
+
+    model = Net(forward, first=nn.Linear(4, 4), second=nn.LayerNorm(4))
+    found = attribute(model, select_layers(model, nn.LayerNorm), (torch.randn(3, 4),), {}, 0)
+    assert [(call.place, call.layout) for call in found.known["second"]] == [(0, Layout(1)), (1, Layout(1))]
+
+
 @pytest.mark.parametrize("width", [4, 8])
 def test_rounding_where_gradients_cancel(width: int) -> None:
     """Behind a normalisation of two elements, what comes through is rounded relative to what cancels."""
