@@ -18,7 +18,7 @@ from ..._torch.vjp import gradients
 from ...errors import DoubleBackwardError
 from ...layers.layout import Layout
 from ...layers.selection import Layer
-from ...layers.uses import Route
+from ...layers.uses import Route, reentrant
 from ...oneshot.independence import changed_entries, separating_masks
 from ...oneshot.recorded_layer import RecordedLayer, layout_options
 from ...oneshot.use_rows import ByCotangents, Evidence
@@ -49,13 +49,16 @@ def rows_of_layers(
 
     Ranks that parameters lie over do the same together.
     """
-    result, kept = Rows(), set()
+    result, unreached = Rows(), set()
     if layers and graph.ends:
         options = {z.layer.name: _options(z, graph.count) for z in seen}
         nodes = {z.layer.name: set(map(accumulate_node, z.leaves)) for z in seen}
+        if not reentrant(graph.users):  # whose insides the graph does not show
+            unreached = {x for x, own in nodes.items() if graph.users.keys().isdisjoint(own)}
         # What no output depends on may be in the loss yet, where the model keeps it: of several layouts, which is it?
-        kept = {x for x, own in nodes.items() if own.isdisjoint(graph.users) and any(len(o) > 1 for o in options[x])}
-        beside = [z for z in seen if z.layer.name in kept or not nodes[z.layer.name].isdisjoint(graph.beside)]
+        untold = [(z, zip(z.leaves, options[z.layer.name], strict=True)) for z in seen]
+        kept = [z for z, own in untold if any(len(o) > 1 and accumulate_node(x) not in graph.users for x, o in own)]
+        beside = [z for z in seen if z in kept or not nodes[z.layer.name].isdisjoint(graph.beside)]
         told = [z for z in seen if z not in beside]
         evidence = _AtLeaves(graph, told, options)
         try:
@@ -67,7 +70,7 @@ def rows_of_layers(
                 _note(z, evidence, result)
             layers = [z.layer for z in beside]
     apart = not layers or _by_change(layers, trial, ranks, result)
-    result.reached -= kept
+    result.reached -= unreached
     return result if apart else None
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from secorder.layers.layout import Layout
 from secorder.layers.selection import select_layers
@@ -68,14 +69,17 @@ def test_what_is_not_linear_is_no_rounding() -> None:
     assert "second" in found.known
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("steps", [5, 6, 12])
-def test_of_what_the_model_keeps_for_the_loss_alone_samples_are_where_change_shows_them(steps: int) -> None:
+def test_of_what_the_model_keeps_for_the_loss_alone_samples_are_where_change_shows_them(
+    steps: int, again: bool
+) -> None:
     """Positions first, of which there may be as many as samples: no output depends on it, nor tells."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         m.kept = m.second(x.transpose(0, 1)).square().mean()
         output: Tensor = m.first(x).sum(1)
-        return output
+        return output + m.second(x).sum(1) if again else output
 
     def loss(m: Any, b: Any) -> Tensor:
         return F.cross_entropy(m(b[0]), b[1]) + m.kept
@@ -95,3 +99,13 @@ def test_of_what_is_left_unused_nothing_is_said() -> None:
     batches = [(torch.randn(6, 6, 4), torch.arange(6) % 3) for _ in range(3)]
     model = Net(forward, first=nn.Linear(4, 3), second=nn.Linear(4, 3))
     assert not follow(model, batches, lambda m, b: F.cross_entropy(m(b[0]), b[1])).warned
+
+
+def test_what_a_reentrant_checkpoint_hides_is_not_taken_for_unreached() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        output: Tensor = m.second(checkpoint(m.first, x, use_reentrant=True))
+        return output
+
+    model = Net(forward, first=nn.Linear(4, 6), second=nn.Linear(6, 3))
+    found = attribute(model, select_layers(model), (torch.randn(6, 6, 4, requires_grad=True),), {}, 0)
+    assert found.reached == {"first", "second"}
