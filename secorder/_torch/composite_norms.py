@@ -4,7 +4,7 @@ The backward pass of the backward pass of ``native_layer_norm`` and ``native_bat
 and the variance that the forward saved: a gradient of a second derivative would be wrong.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -15,14 +15,22 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class CompositeNorms(TorchFunctionMode):
-    """Inside, layer, batch and instance normalisation consist of operations that can be differentiated at will."""
+class Composite(TorchFunctionMode):
+    """Inside, functions are exchanged for compositions of operations that can be differentiated at will.
+
+    Args:
+        compositions: by function; :data:`NORMS` of layer, batch and instance normalisation.
+    """
+
+    def __init__(self, compositions: Mapping[Any, Callable[..., Tensor]]) -> None:
+        super().__init__()
+        self._compositions = compositions
 
     def __torch_function__(
         self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Look at one call."""
-        return _COMPOSITE.get(function, function)(*args, **(kwargs or {}))
+        return self._compositions.get(function, function)(*args, **(kwargs or {}))
 
 
 def _layer_norm(
@@ -63,7 +71,7 @@ def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
     return normal if bias is None else normal + bias
 
 
-_COMPOSITE: dict[Any, Callable[..., Tensor]] = {
+NORMS: dict[Any, Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.batch_norm: partial(_by_channel, F.batch_norm),

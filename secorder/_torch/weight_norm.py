@@ -3,7 +3,7 @@
 The backward pass of its backward pass takes the norm that the forward saved for a constant.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,22 +12,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.overrides import TorchFunctionMode
+
+from .composite_norms import Composite
 
 
 def differentiable_weight_norm(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
     """Inside, the weights of modules that PyTorch normalises can be differentiated twice."""
-    return _Elementary() if any(map(_normalised, modules)) else nullcontext()
-
-
-class _Elementary(TorchFunctionMode):
-    """Inside, w = v g / ‖v‖ consists of operations that can be differentiated at will."""
-
-    def __torch_function__(
-        self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Look at one call."""
-        return (_weight_norm if function is torch._weight_norm else function)(*args, **(kwargs or {}))
+    return Composite({torch._weight_norm: _weight_norm}) if any(map(_normalised, modules)) else nullcontext()
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch.autocast import AutocastState, autocast, autocast_state
-from .._torch.composite_norms import CompositeNorms
+from .._torch.composite_norms import NORMS, Composite
 from .._torch.engine import has_gradient_hooks
 from .._torch.modules import (
     Place,
@@ -228,7 +228,7 @@ def _isolated(
         stack.callback(set_random_state, start, cuda)
         stack.enter_context(as_written(model, training=loss_fn is None))
         if create_graph:
-            stack.enter_context(CompositeNorms())
+            stack.enter_context(Composite(NORMS))
         if loss_fn is not None:  # else in training, where another thread's backward may be accumulating
             stack.enter_context(gradients_put_aside(held))
         stack.enter_context(gradient_hooks_removed(parameters.values()))
@@ -275,7 +275,7 @@ def _isolated_function(model: nn.Module, layers: Sequence[Layer], *, create_grap
         ambient = autocast_state()
         stack.enter_context(own_settings(model, training=False))
         if create_graph:
-            stack.enter_context(CompositeNorms())
+            stack.enter_context(Composite(NORMS))
             stack.enter_context(gradient_hooks_removed(parameters.values()))
         if replaced:
             places = [place for m in modules_in(model) for place in parameter_places(m)]

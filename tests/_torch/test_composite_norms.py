@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secorder._torch.composite_norms import CompositeNorms
+from secorder._torch.composite_norms import NORMS, Composite
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "layer": lambda: nn.LayerNorm([3, 2]),
@@ -29,13 +29,13 @@ def test_values_and_statistics_are_those_of_pytorch(name: str) -> None:
     expected = layer(x)
     after = {key: value.clone() for key, value in layer.state_dict().items()}
     layer.load_state_dict(state)
-    with CompositeNorms():
+    with Composite(NORMS):
         torch.testing.assert_close(layer(x), expected)
         half = layer.to(torch.bfloat16)(x.to(torch.bfloat16))
     assert half.dtype == torch.bfloat16
     layer.to(x.dtype)
     layer.load_state_dict(state)
-    with CompositeNorms():
+    with Composite(NORMS):
         layer(x)
     torch.testing.assert_close(layer.state_dict(), after)
 
@@ -47,7 +47,7 @@ def test_third_derivatives_are_exact(name: str) -> None:
     v = torch.randn(4, 3, 2)
 
     def second(x: Tensor) -> Tensor:
-        with CompositeNorms():
+        with Composite(NORMS):
             (g,) = torch.autograd.grad(layer(x).sin().sum(), x, create_graph=True)
         return torch.autograd.grad((g * v).sum(), x, create_graph=True)[0]
 
