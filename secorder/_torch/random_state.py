@@ -1,5 +1,6 @@
 """The global random state, taken and set as a whole, and generators of our own beside it."""
 
+import os
 import random
 import sys
 import threading
@@ -11,6 +12,19 @@ import torch
 from torch import Tensor, nn
 
 _LOCK = threading.RLock()
+
+
+def _let_go_in_child() -> None:
+    """A child process has none of the other threads, so that what one of them held would be held for ever."""
+    global _LOCK
+    if _LOCK.acquire(blocking=False):  # as also where the thread that forked holds it, which goes on in the child
+        _LOCK.release()
+    else:
+        _LOCK = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 class RandomState(NamedTuple):
@@ -47,12 +61,13 @@ def one_at_a_time() -> Iterator[None]:
 
     A thread that Python did not start waits for none: autograd's of a device run what whoever is inside waits for.
     """
-    held = _LOCK.acquire(blocking=not isinstance(threading.current_thread(), threading._DummyThread))
+    lock = _LOCK  # in a child, that is another one
+    held = lock.acquire(blocking=not isinstance(threading.current_thread(), threading._DummyThread))
     try:
         yield
     finally:
         if held:
-            _LOCK.release()
+            lock.release()
 
 
 @contextmanager

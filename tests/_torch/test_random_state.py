@@ -1,6 +1,9 @@
 """The global random state, of torch, Python and NumPy, is taken and set as a whole."""
 
+import os
 import random
+import signal
+import threading
 from collections.abc import Callable
 
 import numpy
@@ -12,6 +15,7 @@ from secorder._torch.random_state import (
     cuda_devices,
     fresh_generator,
     get_random_state,
+    one_at_a_time,
     same_beside_torch,
     same_random_state,
     set_random_state,
@@ -67,3 +71,37 @@ def test_generators_of_our_own_draw_apart_from_it() -> None:
     one, other = fresh_generator(), fresh_generator()
     assert torch.rand(3, generator=one).tolist() != torch.rand(3, generator=other).tolist()
     assert same_random_state(state, get_random_state([]))
+
+
+def ends_well_in_a_child() -> bool:
+    """Whether a child process gets what one thread at a time has, and gives it back."""
+    if pid := os.fork():
+        return os.waitpid(pid, 0)[1] == 0
+    signal.alarm(20)  # which ends it
+    try:
+        with one_at_a_time(), one_at_a_time():
+            os._exit(0)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process is forked here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_waits_for_no_thread_of_its_parent() -> None:
+    entered, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with one_at_a_time():
+            entered.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait()
+    try:
+        assert ends_well_in_a_child()
+    finally:
+        done.set()
+        thread.join()
+    with one_at_a_time():
+        assert ends_well_in_a_child()
