@@ -16,14 +16,14 @@ normalised, keys without a gradient).
 import torch
 from torch import Tensor
 
-from ..._torch.graph import is_complex, operation_of, shape_of
+from ..._torch.graph import is_complex, operation_of
 from ..._torch.loss_graph import Place, place_of, pull_back
 from ..._torch.loss_terms import hides
 from ..._torch.random_state import fresh_generator
-from ..._torch.sample_graph import inner_size, sizes_behind
 from ...layers.dtypes import rounding
 from ...oneshot.independence import over_samples
 from ..finite import largest
+from .extent import is_of_samples
 from .seen import SeenLoss
 
 #: Operations that are linear in all that they are given, and those that are so in the first.
@@ -83,20 +83,7 @@ def adds_up_samples(loss: SeenLoss) -> bool:
             waiting += [source for _, source in before if source not in waiting]
         else:
             terms.add(place)
-    return all(_is_of_samples(place, loss, count) for place in terms)
-
-
-def _is_of_samples(place: Place, loss: SeenLoss, count: int) -> bool:
-    """Whether samples are somewhere in what a node has computed, each made of what is the same one's in the outputs."""
-    shape = shape_of(*place)
-    for dim, size in enumerate(shape):
-        for step in {1, size // count} if size and not size % count else ():
-            inner = inner_size(shape, dim, step)
-            found = sizes_behind([(*place, inner)], count, loss.outputs)
-            reached = [x for x in loss.outputs if x in found]
-            if reached and all(found[x] == loss.outputs[x].layout.inner_size(shape_of(*x)) for x in reached):
-                return True
-    return False
+    return all(is_of_samples(place, loss, count) for place in terms)
 
 
 def _numbers(like: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..._torch.graph import Node, operation_of, run_node, shape_of
-from ..._torch.loss_graph import Place, UnknownNode, pull_back
+from ..._torch.loss_graph import Place, UnknownNode, nodes_between, pull_back
 from ..._torch.loss_terms import alone, is_mean, ones_for, sums
 from ..._torch.random_state import fresh_generator
+from ..._torch.sample_graph import inner_size, sizes_behind
 from ...layers.dtypes import rounding
 from .choices import samples_behind
 from .seen import SeenLoss
@@ -22,6 +23,10 @@ BROADCASTS = frozenset({"Add", "Div", "Expand", "Mul", "Repeat", "Rsub", "Sub", 
 
 #: What adds up products, or powers, of numbers, with no factor of its own.
 ADDS = frozenset({"Bmm", "Dist", "Dot", "LinalgVectorNorm", "Mm", "Mv", "Norm"})
+
+
+#: What takes a piece of a tensor by its place.
+CUTS = frozenset({"Narrow", "Select", "Slice", "Split", "SplitWithSizes", "Unbind"})
 
 
 def samples_of(loss: SeenLoss, node: Node, number: int) -> int:
@@ -86,6 +91,35 @@ def _samples_beyond_rounding(loss: SeenLoss, place: Place, g: Tensor) -> int:
         for output, pulled in pull_back({place: g}, loss.outputs).items()
     ]
     return max((int((own > rounding(own.dtype) * own.max()).sum()) for own in sizes), default=0)
+
+
+def is_of_samples(place: Place, loss: SeenLoss, count: int) -> bool:
+    """Whether samples are somewhere in what a node has computed, each made of what is the same one's in the outputs."""
+    shape = shape_of(*place)
+    for dim, size in enumerate(shape):
+        for step in {1, size // count} if size and not size % count else ():
+            inner = inner_size(shape, dim, step)
+            found = sizes_behind([(*place, inner)], count, loss.outputs)
+            reached = [x for x in loss.outputs if x in found]
+            if reached and all(found[x] == loss.outputs[x].layout.inner_size(shape_of(*x)) for x in reached):
+                return True
+    return False
+
+
+def of_a_part(loss: SeenLoss, node: Node, samples: int) -> int:
+    """How many samples a number is of that a node makes of pieces without the others; 0 where it is of all or of one.
+
+    The gradient alone does not tell, which is zero for samples that keep a margin.
+    """
+    ends = {end for end, _ in loss.outputs}
+    behind = [place for x in nodes_between([node], ends) for place in x.next_functions if place[0] is not None]
+    pieces = {x for x in behind if operation_of(x[0]) in CUTS and not is_of_samples(x, loss, samples)}
+    try:
+        found = [samples_behind(x, ones_for(*x), loss.outputs, fresh_generator()) for x in pieces]
+        held = len({sample for by_output in found for samples in by_output.values() for sample in samples})
+        return held if 1 < held < samples and samples_of(loss, node, 0) <= held else 0
+    except UnknownNode:
+        return 0
 
 
 def mixes(place: Place, index: int) -> bool:

@@ -28,7 +28,7 @@ from ..._torch.loss_terms import (
     summed,
     uniform,
 )
-from .extent import ADDS, copies, mixes, of_several, over_samples, samples_of
+from .extent import ADDS, copies, mixes, of_a_part, of_several, over_samples, samples_of
 from .seen import SeenLoss
 
 WEIGHTED = (
@@ -137,9 +137,14 @@ def _through(walk: _Walk, paths: Collection[Path], place: Place, index: int) -> 
     """
     node, number = place
     if averaged(node):
-        return [_averaged(walk, path, node) for path in paths] if over_samples(walk.loss, node) else list(paths)
+        if not over_samples(walk.loss, node):
+            return list(paths)
+        held = of_a_part(walk.loss, node, walk.samples)
+        return [_averaged(walk, path, node, held) for path in paths]
     if count := summed(node):
-        return [_added(walk, path, count) for path in paths]
+        divided = any(_divides(path, count) for path in paths)
+        held = of_a_part(walk.loss, node, walk.samples) if divided else 0
+        return [_added(walk, path, count, held) for path in paths]
     if rows := selected(node):
         return [_chosen(walk, path, *rows) for path in paths]
     by = multiplier(node, index, walk.leads, walk.samples, number)
@@ -214,20 +219,38 @@ def _scaled(
     return path
 
 
-def _averaged(walk: _Walk, path: Path, node: Node) -> Path:
-    """Behind a mean."""
+def _averaged(walk: _Walk, path: Path, node: Node, held: int) -> Path:
+    """Behind a mean; of numbers of so many samples, where these are not all (see :func:`.extent.of_a_part`)."""
     count = averaged(node)
     if not _joins(walk, node):
         return path
-    if count % walk.samples:
+    share = path.scale / path.number if path.mean and path.number else path.scale
+    if held and _as_of_all(walk, share, held):
+        return path._replace(power=path.power - 1, number=count, mean=True, why="", scale=1.0)
+    if held or count % walk.samples:
+        why = f"a mean over {held} of {walk.samples}" if held else f"a mean of {count} for {walk.samples} samples"
         power = path.power - (walk.told == "sum")
-        return path._replace(power=power, number=count, mean=True, why=f"a mean of {count} for {walk.samples} samples")
+        return path._replace(power=power, number=count, mean=True, why=why)
     return path._replace(power=path.power - 1, number=count, mean=True, why="")
 
 
-def _added(walk: _Walk, path: Path, count: int) -> Path:
-    """Behind a sum of so many numbers to one."""
+def _as_of_all(walk: _Walk, factor: float, held: int) -> bool:
+    """Whether a mean over some of the samples is multiplied by their share of all, as where that of halves is taken."""
+    return abs(factor * walk.samples / held - 1) < 1e-5
+
+
+def _divides(path: Path, count: int) -> bool:
+    """Whether a sum of so many numbers is divided by how many there are."""
+    return path.number == count and path.power < 0 and not path.mean
+
+
+def _added(walk: _Walk, path: Path, count: int, held: int) -> Path:
+    """Behind a sum of so many numbers to one, of so many samples where these are not all."""
     path = path._replace(added=path.added or count)
+    if held and _divides(path, count) and not _as_of_all(walk, path.scale * count, held):
+        why = f"a sum over {held} of {walk.samples} that is divided by {count}"
+        power = path.power + (walk.told == "mean")
+        return path._replace(power=power, why=why, scale=path.scale * count, mean=True)
     each, rest = divmod(path.number, walk.samples)
     fewer = each and not rest and path.number < count and path.number not in walk.sizes
     if fewer and (2 * count // walk.samples) % each and path.power < 0 and differ(walk.loss, 1):  # without padding

@@ -277,12 +277,27 @@ def of_boxes(z: Tensor, t: Tensor) -> Tensor:
     return (z[t > 0] - 1).abs().sum()
 
 
+def parts(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Three samples, and all others, of two numbers each: six numbers, as there are samples in the first batch."""
+    return z[:3, :2], z[3:, :2]
+
+
 #: By what is told, losses that are neither, and what is said of them.
 NEITHER: dict[str, tuple[Criterion, str, str]] = {
     "a mean and a sum": (lambda z, t: F.cross_entropy(z, t) + z.square().sum(), "mean", "sums over them"),
     "a sum and a mean": (lambda z, t: F.cross_entropy(z, t, reduction="sum") + z.square().mean(), "sum", "means over"),
     "by the number of boxes": (lambda z, t: F.cross_entropy(z, t) + of_boxes(z, t) / 5, "mean", "divided by 5"),
-    "means of parts": (lambda z, t: F.cross_entropy(z[:4], t[:4]) + z.square().mean(), "mean", "a mean of 4"),
+    "means of parts": (lambda z, t: F.cross_entropy(z[:4], t[:4]) + z.square().mean(), "mean", "a mean over 4 of"),
+    "means of parts of two numbers": (
+        lambda z, t: sum(own.square().mean() for own in parts(z)),
+        "mean",
+        "over 3 of",
+    ),
+    "sums of parts by their numbers": (
+        lambda z, t: sum(own.square().sum() / own.numel() for own in parts(z)),
+        "mean",
+        "over 3 of",
+    ),
     "by a number": (lambda z, t: F.cross_entropy(z, t, reduction="sum") / 5, "mean", "divided by 5"),
     "times the number of samples": (lambda z, t: F.cross_entropy(z, t) * len(z), "mean", 'reduction="sum", or loss_sc'),
     "and divided": (lambda z, t: F.cross_entropy(z, t) * len(z) / 4, "mean", 'reduction="sum"'),
@@ -340,6 +355,9 @@ AS_TOLD: dict[str, tuple[Criterion, str]] = {
     "by twice the number": (lambda z, t: z.square().sum() / (2 * len(z)), "mean"),
     "times one over it": (lambda z, t: z.square().sum() * (1 / len(z)), "mean"),
     "a few rows": (lambda z, t: (z[t > 0].square().sum() + z[t == 0].abs().sum()) / len(z), "mean"),
+    "parts, together": (lambda z, t: torch.cat([own.square() for own in parts(z)]).mean(), "mean"),
+    "parts by the number": (lambda z, t: sum(own.square().sum() for own in parts(z)) / (2 * len(z)), "mean"),
+    "parts that keep a margin": (lambda z, t: torch.cat([own.relu() for own in parts(z)]).mean(), "mean"),
     "a temperature": (lambda z, t: F.cross_entropy(z * 6, t), "mean"),
     "a temperature of a sum": (lambda z, t: F.cross_entropy(z / 6, t, reduction="sum"), "sum"),
     "a mean beside losses": (lambda z, t: (F.cross_entropy(z, t) + z.square().sum(1)).mean(), "mean"),
@@ -360,6 +378,24 @@ def test_a_mean_over_some_samples_that_have_as_many_numbers_as_there_are_samples
     came = followed(lambda z, _: z[torch.arange(max(len(z) - 1, 1))].square().mean(), "mean", 3)
     assert came.refused
     assert all("a mean of 2 that were selected" in reason for reason in came.refused.values())
+
+
+@pytest.mark.parametrize("kind", ["means", "cross entropies", "sums"])
+def test_the_mean_of_halves_means_is_one_of_all(kind: str) -> None:
+    """As of real and fake images in one batch."""
+
+    def mean(z: Tensor, t: Tensor) -> Tensor:
+        if kind == "cross entropies":
+            return F.cross_entropy(z, t)
+        return z.square().mean() if kind == "means" else z.square().sum() / z.numel()
+
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        z, t = m(b[0])[:, :2], b[1] % 2
+        return sum(map(mean, z.chunk(2), t.chunk(2)), z.new_zeros(())) / 2 if len(z) > 1 else mean(z, t)
+
+    came = follow(make(), [data(n) for n in (6, 8)], loss)
+    assert came.exact, came.refused
+    assert not came.warned
 
 
 def test_a_mean_of_which_the_gradient_comes_to_one_sample_is_one_beside_another() -> None:
