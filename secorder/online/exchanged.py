@@ -89,10 +89,12 @@ def _as_they_were(fisher: OnlineFisher) -> bool:
     if fisher.held is None:
         every = [(layer, name, p) for layer in fisher.layers for name, p in layer.parameters.items()]
         counted = [None if p.is_meta else fisher.by_layer[layer.name].counts.device for layer, _, p in every]
-        places = [(layer.module, name) for layer, name, _ in every]
+        places = [(layer.module, name, "." in name) for layer, name, _ in every]
         fisher.held = Held(places, [id(p) for *_, p in every], counted)
     places, parameters, devices = fisher.held
-    found = [parameter_table(module).get(name) for module, name in places]
+    found = [
+        held_parameter(module, name) if inner else parameter_table(module).get(name) for module, name, inner in places
+    ]
     if list(map(id, found)) != parameters or list(map(_DEVICE, found)) != devices:
         return False
     return fisher.counted.device == devices[0]

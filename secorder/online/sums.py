@@ -162,7 +162,8 @@ class LayerSums:
 class Held(NamedTuple):
     """Where parameters of layers are held as long as nobody exchanges or moves them."""
 
-    places: list[tuple[nn.Module, str]]  #: the modules that hold them, and under which names they do
+    #: the layers' modules, the names by which these know them, and whether a module in them holds them
+    places: list[tuple[nn.Module, str, bool]]
     parameters: list[int]  #: that are to be there, by ``id``
     devices: list[torch.device | None]  #: where their layers are counted; None for one without memory
 

@@ -138,3 +138,20 @@ def test_a_parameter_that_comes_back_is_told_again() -> None:
             probe.reset()
             step(model, batch)
             assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+def test_parameters_that_modules_within_hold_are_compared_as_others_are() -> None:
+    """Nothing is made anew where they are as they were, and they are followed where they are not."""
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))
+    model, batch = nn.Sequential(parametrized, nn.Tanh(), nn.Linear(5, 3)), (torch.randn(4, 6), torch.randn(4, 3))
+    with CurvatureProbe(model, reduction="mean") as probe:
+        step(model, batch)
+        made = [plan for plan in probe._fisher.plans.values() if plan is not None]
+        assert made
+        step(model, batch)
+        assert all(any(plan is own for own in probe._fisher.plans.values()) for plan in made)
+        held = parametrized.parametrizations.weight
+        held.original1 = nn.Parameter(2 * held.original1.detach())
+        probe.reset()
+        step(model, batch)
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))

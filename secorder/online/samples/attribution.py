@@ -137,7 +137,6 @@ def merged(before: Attribution, after: Attribution) -> Attribution:
     return replace(
         after,
         known=known,
-        reached=before.reached | after.reached,
         coupling=before.coupling | after.coupling,
         unreduced={**before.unreduced, **after.unreduced},
         carries=before.carries or after.carries,

@@ -35,10 +35,9 @@ def seen(rows: int) -> Verified:
 
 def test_what_was_verified_of_a_layer_stays_while_it_is_captured_alike() -> None:
     (layer,) = select_layers(nn.Sequential(nn.Linear(4, 4)))
-    before = Attribution(layers=(layer,), known={"0": (seen(6),)}, reached=frozenset({"0"}))
+    before = Attribution(layers=(layer,), known={"0": (seen(6),)})
     after = Attribution(layers=(layer,), known={"0": (seen(5),)})
     assert merged(before, after).known == {"0": (seen(5), seen(6))}
-    assert merged(before, after).reached == {"0"}
     otherwise = replace(after, layers=(replace(layer, rule=None),))
     assert merged(before, otherwise).known == {"0": (seen(5),)}
 
