@@ -94,10 +94,15 @@ def coupling(model: nn.Module, trial: Trial, base: Mapping[Beside, Tensor]) -> f
     def values(mask: Tensor, alike: bool) -> dict[Beside, Tensor]:
         """What the forward makes where these samples have others, of the batch, in their places."""
         output = without_gradients(lambda x: trial._replace(arguments=x).changed(mask, alike=alike), trial.arguments)
+        return made(output)
+
+    def made(output: Any) -> dict[Beside, Tensor]:
         held = {place: tensor_at(model, output, place) for place in base}
         return {p: t.detach().double() for p, t in held.items() if t is not None and t.shape == base[p].shape}
 
     before = {place: t.detach().double() for place, t in base.items()}
+    if trial.hypothesis.shifting:
+        before = made(without_gradients(lambda x: trial._replace(arguments=x).unchanged(), trial.arguments))
     kinds = {torch.float32, *(p.dtype for p in model.parameters() if p.is_floating_point())}  # float32: of many losses
     eps = max(torch.finfo(kind).eps for kind in kinds)
     found: set[Beside] = set()

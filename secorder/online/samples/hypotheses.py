@@ -8,6 +8,7 @@ else, the rows that it looks up are.
 
 from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from inspect import signature
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..._arguments import shown
+from ..._torch.expected_draws import ExpectedDraws
 from ..._torch.graph import tells_recomputation
 from ..._torch.pytree import map_tensors, tensors_in
 from ...errors import InvalidArgumentError
@@ -49,6 +51,8 @@ class Hypothesis(NamedTuple):
     alternative: int | None = None  #: another dimension of which the same holds
     owned: Owned | None = None  #: whose the tensors are whose samples no dimension holds; None where one does
     untested: bool = False  #: whether it is taken because nothing changed anything, as where weights start at zero
+    #: whether data tells how many random numbers are drawn, so that one sample's shift those of the others
+    shifting: bool = False
 
     @property
     def dim(self) -> int | None:
@@ -75,7 +79,8 @@ class Trial(NamedTuple):
         are. With an empty mask the graph is like that of changed ones; ``alike`` gives samples in a dimension those of
         the first.
         """
-        forward, arguments, hypothesis = self
+        _, arguments, hypothesis = self
+        forward = self._steady
         integers = _only_integers(arguments, hypothesis)
         if integers and hypothesis.owned is not None and hypothesis.owned.grouping.place is None:
             count = hypothesis.num_samples
@@ -102,6 +107,15 @@ class Trial(NamedTuple):
         rows = _rows_changed(arguments, hypothesis, followed)
         with ChangedIntegers(followed, rows, hypothesis.dim or 0, alike=alike, unchanged=nothing):
             return forward(map_tensors(exchanged, arguments))
+
+    def unchanged(self) -> Any:
+        """The output that those of changed samples are compared with."""
+        return self._steady(self.arguments)
+
+    def _steady(self, arguments: Any) -> Any:
+        """The forward, with random numbers that changes of samples do not shift."""
+        with ExpectedDraws() if self.hypothesis.shifting else nullcontext():
+            return self.forward(arguments)
 
     def outputs_changed(self, mask: Tensor) -> list[Tensor] | None:
         """The tensors of that; None where the model does not accept such inputs, which tells nothing."""

@@ -138,7 +138,7 @@ def _by_change(layers: Sequence[Layer], trial: Trial, ranks: Ranks | None, resul
         outputs.clear()
         values.clear()
         with torch.enable_grad() if ranks is None else torch.no_grad():
-            output = trial.forward(trial.arguments) if mask is None else trial.changed(mask)
+            output = trial.unchanged() if mask is None else trial.changed(mask)
         pulled = _output_gradients(output, outputs) if ranks is None else {}
         return _Seen(dict(values), pulled, [local(t) for t in floating(output)])
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._torch.modules import batch_normalisation, evaluating
+from ..._torch.expected_draws import ExpectedDraws
+from ..._torch.modules import evaluating
 from ..._torch.pytree import tensors_in
 from ..._torch.random_state import fresh_generator
 from ...layers.layout import Layout
@@ -27,7 +28,6 @@ from .hypotheses import (
     Trial,
     any_layout,
     equivariant,
-    floating,
     from_names,
     hypotheses,
     of_owned,
@@ -116,7 +116,7 @@ def _still_holds(asked: Question, forward: Any, base: Sequence[Tensor]) -> Choic
         return None
     owned = None if before.grouping is None else before.grouping.of(asked.arguments)
     known = of_owned(owned, asked.arguments) if owned else Hypothesis(before.dims, count, before.alternative)
-    still = separates(Trial(forward, asked.arguments, known), base, asked.masks(count, TRIALS))
+    known, still = _separates(Trial(forward, asked.arguments, known), base, asked.masks(count, TRIALS))
     return None if still is None else (known, _as_before(still.layouts, before.outputs))
 
 
@@ -144,10 +144,7 @@ def _try_each(
         usual = hypothesis is tried[0]
         if hypothesis.num_samples > 1:
             trial, masks = Trial(forward, asked.arguments, hypothesis), asked.masks(hypothesis.num_samples)
-            found = separates(trial, base, masks)
-            if found is None and asked.sample_dim == "list":  # perhaps since other entries draw other random numbers
-                with evaluating(asked.model, but=batch_normalisation(asked.model)):
-                    found = separates(trial, floating(forward(asked.arguments)), masks)
+            hypothesis, found = _separates(trial, base, masks)
             listed = hypothesis.owned is not None and hypothesis.owned.grouping.place is None
             certain = usual and (asked.sample_dim is not None or (len(tried) == 1 and not listed))
             if found is not None and not usual and hypothesis.owned is None and asked.sample_dim is None:
@@ -159,6 +156,29 @@ def _try_each(
         if holding and asked.sample_dim is not None:
             break
     return holding, without_evidence
+
+
+def _separates(trial: Trial, base: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Hypothesis, Separation | None]:
+    """:func:`separates`, also where data tells how many random numbers are drawn; the hypothesis says whether it does.
+
+    Such as of dropout on the tokens that an expert gets: one sample's are drawn before another's, which gets others
+    then. With what is expected of them the others' outputs stay.
+    """
+    found = separates(trial, base, masks)
+    if found is not None:
+        return trial.hypothesis, found
+    drawn: set[tuple[tuple[int, ...], ...]] = set()
+
+    def expected(arguments: Any) -> Any:
+        with ExpectedDraws() as draws:
+            result = trial.forward(arguments)
+        drawn.add(draws.sizes)
+        return result
+
+    steady = trial._replace(forward=expected)
+    outputs = steady.outputs_changed(torch.zeros_like(masks[0]))
+    found = separates(steady, outputs, masks) if outputs is not None and drawn != {()} else None
+    return trial.hypothesis._replace(shifting=True), found if len(drawn) > 1 else None
 
 
 def _each_is_of_one(asked: Question, forward: Any, base: Sequence[Tensor], usual: Hypothesis) -> bool:

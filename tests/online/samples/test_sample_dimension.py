@@ -163,3 +163,94 @@ def test_a_net_that_is_dead_at_first_has_its_samples_in_the_usual_dimension() ->
             warnings.simplefilter("ignore")
             found = probe.fisher_diagonal().by_parameter()
     assert_all_close(found, fisher_by_sample(model, F.mse_loss, inputs, targets, 3))
+
+
+class Experts(nn.Module):
+    """Tokens go to one of two experts, each of which drops some of what it makes of those that it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gate", torch.randn(4, 2))
+        self.weight = nn.Parameter(torch.randn(2, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        chosen = (rows @ self.gate).argmax(1)
+        out = torch.zeros_like(rows)
+        for number in range(2):
+            ids = (chosen == number).nonzero().flatten()
+            made = F.dropout(torch.tanh(rows[ids] @ self.weight[number]), 0.4, self.training)
+            out = out.index_add(0, ids, made)
+        return out.view(x.shape)
+
+
+def with_experts(mixed: Callable[[Tensor], Tensor] = lambda h: h) -> nn.Module:
+    parts = {"a": nn.Linear(4, 4), "experts": Experts(), "b": nn.Linear(4, 3)}
+    return Net(lambda m, x: m.b(m.experts(mixed(m.a(x))).mean(1)), **parts)
+
+
+def test_experts_that_drop_some_of_what_they_make() -> None:
+    """How many tokens an expert gets, and so how many numbers are drawn, goes by data: others get others then."""
+    torch.manual_seed(0)
+    model, count = with_experts(), 0
+    parameters = dict(model.named_parameters())
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        for size in (3, 4, 5, 6):
+            x, y = torch.randn(size, 5, 4), torch.randint(3, (size,))
+            state = torch.get_rng_state()
+            F.cross_entropy(model(x), y).backward()
+            torch.set_rng_state(state)
+            with probe.paused():
+                losses = F.cross_entropy(model(x), y, reduction="none")
+            for loss in losses:
+                own = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+                for name, g in zip(total, own, strict=True):
+                    total[name] += g**2
+            count += size
+        found = probe.fisher_diagonal().by_parameter()
+    assert found.keys() == total.keys()
+    for name, g in total.items():
+        torch.testing.assert_close(found[name], g / count, rtol=1e-10, atol=1e-16)
+
+
+def test_a_loss_that_a_model_with_such_experts_returns() -> None:
+    """Beside outputs of samples: that it is a sum of theirs is seen although changes shift the draws."""
+    torch.manual_seed(0)
+
+    def forward(m: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        found = m.inner(x)
+        return F.cross_entropy(found, y), found
+
+    model = Net(forward, inner=with_experts())
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        for size in (4, 6, 5):
+            model(torch.randn(size, 5, 4), torch.randint(3, (size,)))[0].backward()
+        assert len(probe.fisher_diagonal()) == 3
+
+
+@pytest.mark.parametrize(
+    "mixed",
+    [lambda h: h + 0.3 * h.roll(1, 0), lambda h: h - h.mean(0).detach(), lambda h: h / (1 + h.detach().abs().amax())],
+    ids=["neighbours", "mean", "largest"],
+)
+def test_samples_that_influence_one_another_beside_such_experts(mixed: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = with_experts(mixed)
+    found = attribute(model, select_layers(model), (torch.randn(4, 5, 4),), {})
+    assert found.coupled
+
+
+def test_a_coin_by_which_samples_are_mixed_is_none_that_data_shifts() -> None:
+    """With what is expected of it nothing would be mixed."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = F.dropout(m.a(x), 0.1)
+        return m.b(torch.where(torch.rand(()) < 0.5, h.roll(1, 0), h).mean(1))
+
+    model = Net(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+    found = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        found.append(attribute(model, select_layers(model), (torch.randn(4, 5, 4),), {}).coupled)
+    assert {True, False} == set(found)
