@@ -109,17 +109,21 @@ def test_lists_of_what_holds_no_numbers(kind: str, sample_dim: Any) -> None:
     assert follow(model, batches, classify, one, layer_types="all", sample_dim=sample_dim).exact
 
 
-def test_a_list_whose_entries_draw_random_numbers_has_to_be_told() -> None:
+@pytest.mark.parametrize("sample_dim", [None, "list"])
+def test_a_list_whose_entries_draw_random_numbers(sample_dim: Any) -> None:
     """In another's place, an entry of another length draws others. One is as long as there are samples."""
     table = nn.Sequential(nn.Embedding(6, 4), nn.Dropout(0.5))
     model = Net(of_words, table=table, rnn=nn.GRU(4, 4, batch_first=True), head=nn.Linear(4, 2))
-    with CurvatureProbe(model) as probe, CurvatureProbe(model, sample_dim="list", reduction="mean") as told:
-        with pytest.warns(UserWarning, match='pass sample_dim="list"'):
-            classify(model, (SENTENCES, torch.tensor([0, 1, 1, 0]))).backward()
-        assert told.fisher_diagonal()
-        assert told.num_samples == 4
-        with pytest.raises(AttributionError, match='pass sample_dim="list"'):
-            probe.fisher_diagonal()
+    labels = torch.tensor([0, 1, 1, 0])
+    with CurvatureProbe(model, sample_dim=sample_dim, reduction="mean") as probe:
+        state = torch.get_rng_state()
+        classify(model, (SENTENCES, labels)).backward()
+        found = probe.fisher_diagonal().by_parameter()["head.weight"]
+        assert probe.num_samples == 4
+    torch.set_rng_state(state)
+    losses = F.cross_entropy(model(SENTENCES), labels, reduction="none")
+    own = [torch.autograd.grad(loss, model.head.weight, retain_graph=True)[0] for loss in losses]
+    torch.testing.assert_close(found, (torch.stack(own) ** 2).mean(0), rtol=1e-10, atol=1e-14)
 
 
 def test_a_list_of_outputs_is_refused() -> None:
