@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import shown
-from ._torch.pytree import map_tensors, tensors_in
+from ._torch.pytree import Made, map_tensors, once_each, tensors_in
 from .errors import InvalidArgumentError, InvalidTypeError
 from .owners import Owned, owned_by_entries, owned_by_index, owned_by_lengths, replace_outermost, take_owned
 
@@ -115,7 +115,7 @@ def take_samples(
     sample_dim: int = 0,
     *,
     rows: bool = False,
-    cut: dict[int, Tensor] | None = None,
+    cut: Made | None = None,
 ) -> list[Any]:
     """The batch that holds some of the samples, in this order: of inputs, outputs or targets.
 
@@ -127,15 +127,9 @@ def take_samples(
         rows: tensors may hold several rows a sample in dim 0, sample after sample (a label for each token).
         cut: receives by ``id`` what became of each tensor.
     """
-    taken: dict[int, Tensor] = {} if cut is None else cut
-
-    def one(tensor: Tensor) -> Tensor:
-        if id(tensor) not in taken:
-            taken[id(tensor)] = _taken(tensor, index, count, sample_dim, rows)
-        return taken[id(tensor)]
-
-    chosen = partial(_chosen, index=index, count=count, sample_dim=sample_dim)
-    return [replace_outermost(tree, chosen, partial(map_tensors, one)) for tree in trees]
+    how: Any = {"index": index, "count": count, "sample_dim": sample_dim}
+    taken = partial(map_tensors, once_each(partial(_taken, rows=rows, **how), cut))
+    return [replace_outermost(tree, partial(_chosen, **how), taken) for tree in trees]
 
 
 def part_of_batch(
@@ -146,7 +140,7 @@ def part_of_batch(
     index: Sequence[int],
     *,
     owned: Owned | None = None,
-    cut: dict[int, Tensor] | None = None,
+    cut: Made | None = None,
 ) -> tuple[Any, Any]:
     """Inputs and targets of some samples. One tensor that is both stays one.
 

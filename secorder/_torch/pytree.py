@@ -96,12 +96,16 @@ def attributes_of(tree: Any) -> dict[str, Any]:
     return {} if parts is None or parts.rebuilt is not None else dict(zip(parts.names, parts.children, strict=True))
 
 
-def once_each(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+#: What became of tensors, by ``id``; with the tensor itself, so that another one may not get its id meanwhile.
+Made = dict[int, tuple[Tensor, Tensor]]
+
+
+def once_each(function: Callable[[Tensor], Tensor], made: Made | None = None) -> Callable[[Tensor], Tensor]:
     """The function, called once for each tensor: what is one tensor stays one, however often it comes.
 
-    Attention, for one, asks whether its query is its key.
+    Attention, for one, asks whether its query is its key. ``made`` receives what became of each tensor.
     """
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the tensor itself: another one may not get its id meanwhile
+    made = {} if made is None else made
 
     def once(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:

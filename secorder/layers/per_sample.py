@@ -127,6 +127,12 @@ def with_cotangents(gradient: PerSample, change: Callable[[Tensor], Tensor]) -> 
     return change(gradient) if isinstance(gradient, Tensor) else gradient._replace(g=change(gradient.g))
 
 
+def weighted(gradient: PerSample, weights: Tensor) -> PerSample:
+    """A per-sample gradient with each sample's, perhaps of each of K cotangents, multiplied by a number."""
+    w = weights
+    return with_cotangents(gradient, lambda g: g * w.to(g).view(*w.shape, *(1,) * (g.dim() - w.dim())))
+
+
 def _regroup(gradient: PerSample, layout: Layout) -> PerSample:
     if isinstance(gradient, Rows):  # (N·T, P) -> (N, T·P)
         ids, g = (layout.split(t).flatten(1, 2) for t in (gradient.ids, gradient.g))

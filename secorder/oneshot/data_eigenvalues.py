@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from ..batch import NO_BATCH, batch_size
 from ..errors import InvalidArgumentError
-from ..layers.dtypes import compute_dtype
 from ..monitor.progress import progress_bar
 from .data_set import batches_of
-from .eigenvalues import Eigenvalues, Ends, lanczos_steps, nothing, restricted
+from .eigenvalues import Eigenvalues, Ends, lanczos_steps, nothing, restricted, start_of
 from .hessian.on_parameters import on_parameters
 from .loss_reduction import Kind, LossReduction
 from .measurement import Measurement
@@ -81,12 +80,8 @@ def eigenvalues_of_data(
 
 def _starts(task: Measurement, by: By) -> dict[str, Tensor]:
     """A random vector for each block."""
-    found = {}
-    for layer in task.layers:
-        like = next(iter(layer.parameters.values())).detach().new_empty(0, dtype=compute_dtype(layer))
-        for name, block in blocks_of(layer, by).items():
-            found[name] = task.random((block.stop - block.start,), like)
-    return found
+    blocks = [(layer, *block) for layer in task.layers for block in blocks_of(layer, by).items()]
+    return {name: start_of(task, layer, None, block) for layer, name, block in blocks}
 
 
 def _products(task: Measurement, of: Curvature, by: By, vectors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ def _of_layer(task: Measurement, layer: Layer, product: Operator | None, by: By,
     return found
 
 
-def start_of(task: Measurement, layer: Layer, product: Operator, block: slice) -> Tensor:
+def start_of(task: Measurement, layer: Layer, product: Operator | None, block: slice) -> Tensor:
     """A random vector and, where it is at hand, the loss's gradient, which mostly lies among the extreme eigenvectors.
 
     Measured on small trained GPT-2s, Llamas and BERTs: a tenth to a third of the products less than of a random vector.

@@ -54,7 +54,7 @@ from .loss import require_dependence
 from .losses_by_output import SampleLosses, losses_by_definition, losses_by_output
 from .measurement import Measurement
 from .output_hessian import as_samples, filled
-from .recorded_layer import RecordedLayer, contract_pairs, settle
+from .recorded_layer import RecordedLayer, contract_pairs, settle, unsettled
 from .recording import ChainForward, Recording, recorded, seen
 from .roots import Columns, First, Root, Single
 from .together import alone_as_together
@@ -258,7 +258,7 @@ class _Batch:
         heads = _heads(task, outputs, alone, self.pairs)
         alone = [z for z in alone if z.layer.name not in heads]
         with progress_bar(task.progress and bool(alone), "Fisher", columns.num_columns, unit="vjps") as advance:
-            pulled = settle(task, outputs, alone, columns, by_graph=self.by_graph)
+            pulled = settle(task, outputs, alone, columns, unsettled(task, outputs, alone, by_graph=self.by_graph))
             how: Any = {"alpha": 1 / task.num_samples, "advance": advance, "plain": self.side.at_leaves or pulled}
             found = contract_pairs(task, outputs, alone, columns, **how)
         info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})

@@ -15,7 +15,7 @@ from ..layers.contraction import added, contract, contract_sum
 from ..layers.dtypes import compute_dtype
 from ..layers.layout import DIM_ZERO
 from ..layers.operations import OperationCall
-from ..layers.per_sample import Outer, PerSample, Rows, dense, with_cotangents
+from ..layers.per_sample import Outer, PerSample, Rows, dense, weighted
 from ..layers.selection import Layer
 from ..layers.uses import Route, Uses, brought, hidden, pieces, reentrant
 from ..results import LayerInfo, Strategy
@@ -146,10 +146,7 @@ def _add(total: Tensor, u: list[PerSample], v: list[PerSample], sign: Tensor | N
     if v is u and sign is None:
         contract_sum(u, numel=numel, out=total, beta=beta, alpha=alpha)
     elif len(u) == 1 and (v is u or _same_factor(u[0], v[0])):
-        right = (
-            v[0] if sign is None else with_cotangents(v[0], lambda g: g * sign.to(g).view(-1, *(1,) * (g.dim() - 1)))
-        )
-        contract(u[0], right, numel=numel, out=total, beta=beta, alpha=alpha)
+        contract(u[0], v[0] if sign is None else weighted(v[0], sign), numel=numel, out=total, beta=beta, alpha=alpha)
     else:
         left, right = (torch.stack([dense(part, numel) for part in parts]).sum(0) for parts in (u, v))
         products = left * right if sign is None else left * right * sign.to(left)[:, None]

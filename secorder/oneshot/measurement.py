@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .._torch.autocast import autocast_state, under_autocast
 from .._torch.modules import modules_in
-from .._torch.pytree import map_tensors, tensors_in
+from .._torch.pytree import Made, map_tensors, once_each, tensors_in
 from .._torch.random_state import fresh_generator
 from .._torch.surroundings import inside_transform
 from .._torch.vjp import check_chunk_size, gradients, products_at_once
@@ -142,17 +142,11 @@ class Measurement:
 
         One tensor that is both stays one.
         """
-        leaves: dict[int, Tensor] = {}
-        cut: dict[int, Tensor] = {}
-
-        def leaf(tensor: Tensor) -> Tensor:
-            if id(tensor) not in leaves:
-                leaves[id(tensor)] = tensor.detach().requires_grad_(tensor.requires_grad)
-            return leaves[id(tensor)]
-
+        leaves, cut = Made(), Made()
+        leaf = once_each(lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad), leaves)
         batch = self.inputs, self.targets, self.num_samples, self.sample_dim
         inputs, targets = (map_tensors(leaf, x) for x in part_of_batch(*batch, index, owned=self.owned, cut=cut))
-        return inputs, targets, {key: leaves[id(t)] for key, t in cut.items() if id(t) in leaves}
+        return inputs, targets, {key: leaves[id(t)][1] for key, (_, t) in cut.items() if id(t) in leaves}
 
     def random(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Standard normal numbers."""

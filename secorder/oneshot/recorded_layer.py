@@ -13,7 +13,7 @@ from ..errors import AttributionError
 from ..layers.contraction import contract
 from ..layers.dtypes import cast, compute_dtype, zeros
 from ..layers.layout import DIM_ZERO, Layout, candidate_layouts
-from ..layers.per_sample import PerSample, Rule, per_sample_gradients, stacked_gradients, with_cotangents
+from ..layers.per_sample import PerSample, Rule, per_sample_gradients, stacked_gradients, weighted
 from ..layers.rank_one import rank_one, squares_by_onednn
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
@@ -135,7 +135,8 @@ def contract_pairs(
             left = z.gradients([u[id(leaf)] for leaf in z.leaves])
             right = None if v is None else z.gradients([v[id(leaf)] for leaf in z.leaves])
             for index, (name, p) in enumerate(z.layer.parameters.items()):
-                other = right[name] if right is not None else _signed(left[name], some.sign)
+                signed = None if some.sign is None else weighted(left[name], some.sign)
+                other = signed if right is None else right[name]
                 how: Any = {"numel": p.numel(), "alpha": alpha}
                 if create_graph:
                     total[index] = total[index] + contract(left[name], other, **how)
@@ -176,17 +177,14 @@ def settle(
     model_outputs: Sequence[Tensor],
     layers: Sequence[RecordedLayer],
     pairs: Columns,
-    *,
-    by_graph: bool = False,
+    rest: Sequence[RecordedLayer],
 ) -> dict[int, Tensor]:
     """Enter into every layer where its samples are, or nothing where its rows do not belong to samples.
 
-    That they do is known, read off the graph (``by_graph``), or verified: the vjp of a random mixture of the pairs'
-    u, each sample weighted by a random factor, must be the mixture's vjp weighted row by row, to rounding. The first
-    layout for which it holds is taken. Returns the u of one pair alone, where it was pulled back to the leaves, by
-    ``id``.
+    Of the ``rest``, which are :func:`unsettled`, it is verified: the vjp of a random mixture of the pairs' u, each
+    sample weighted by a random factor, must be the mixture's vjp weighted row by row, to rounding. The first layout for
+    which it holds is taken. Returns the u of one pair alone, where it was pulled back to the leaves, by ``id``.
     """
-    rest = unsettled(task, model_outputs, layers, by_graph=by_graph)
     if not rest:
         return {}
     pulled = settle_layouts(task, model_outputs, rest, pairs.mixture(task.generator))
@@ -269,9 +267,3 @@ def _weighted(
         bool(rows_weighted(plain[id(leaf)], weighted[id(leaf)], weights, layout))
         for leaf, layout in zip(leaves, layouts, strict=True)
     )
-
-
-def _signed(gradient: PerSample, sign: Tensor | None) -> PerSample | None:
-    if sign is None:
-        return None
-    return with_cotangents(gradient, lambda g: g * sign.view(*sign.shape, *(1,) * (g.dim() - 2)))

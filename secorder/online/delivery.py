@@ -16,7 +16,7 @@ from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout
 from ..layers.low_precision import contraction
 from ..layers.norms import DenseNorms
-from ..layers.per_sample import PerSample, Rows, dense, per_sample_gradients, with_cotangents
+from ..layers.per_sample import PerSample, Rows, dense, per_sample_gradients, weighted
 from ..layers.rank_one import RankOne, rank_one
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
@@ -324,8 +324,3 @@ def _total_of(part: PerSample) -> Tensor:
 def _multiplied_by(record: ForwardRecord) -> list[Tensor]:
     """A number that is finite where what the samples' gradients are multiplied by is."""
     return [] if record.weights is None else [record.weights.sum()]
-
-
-def weighted(part: PerSample, weights: Tensor) -> PerSample:
-    """A per-sample gradient with each sample's multiplied by a number."""
-    return with_cotangents(part, lambda g: g * weights.to(g).view(-1, *(1,) * (g.dim() - 1)))

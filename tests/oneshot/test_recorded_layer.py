@@ -14,6 +14,7 @@ from secorder.oneshot.recorded_layer import (
     layout_options,
     settle,
     settle_layouts,
+    unsettled,
 )
 from secorder.oneshot.recording import recorded
 from secorder.oneshot.roots import Single
@@ -38,7 +39,7 @@ def test_one_pair_of_gradients_makes_the_empirical_fisher(certain: bool) -> None
             layers = layers_of(task, recording)
             g = output.softmax(1).detach() - F.one_hot(task.targets, 3)
             task.certain = certain
-            plain = settle(task, [output], layers, Single(g))
+            plain = settle(task, [output], layers, Single(g), unsettled(task, [output], layers, by_graph=False))
             found = contract_pairs(task, [output], layers, Single(g), plain=plain)
         return {z.layer.name: values for z, values in zip(layers, found, strict=True) if values is not None}
 

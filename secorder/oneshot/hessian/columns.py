@@ -39,8 +39,8 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
     they do not give (nothing, after which the model is piecewise linear). Where they do not, none is served.
     """
     root = side.find_root(task.chunk_size)
-    known = not unsettled(task, side.model_outputs, graphs, by_graph=side.by_graph)
-    check = None if known else _Bilinear(task, graphs, side, root)
+    untold = unsettled(task, side.model_outputs, graphs, by_graph=side.by_graph)
+    check = _Bilinear(task, graphs, side, root) if untold else None
     found: dict[int, list[Tensor] | None] = {}
     for graph in graphs:
         if graph.layer.name in side.heads:
@@ -50,11 +50,11 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
                 check.head(graph, head)
     rest = [graph for graph in graphs if id(graph) not in found]
     with progress_bar(task.progress and bool(rest), "Hessian by columns", root.num_columns, unit="vjps") as advance:
-        pulled = settle(task, side.model_outputs, rest, root, by_graph=side.by_graph)
+        pulled = settle(task, side.model_outputs, rest, root, [graph for graph in untold if graph in rest])
         values = contract_pairs(task, side.model_outputs, rest, root, advance=advance, plain=pulled, watch=check)
     found |= dict(zip(map(id, rest), values if rest else [], strict=True))
     for graph in graphs:
-        graph.num_hvps += (root.num_columns if graph in rest else 1) + (0 if known else 3)
+        graph.num_hvps += (root.num_columns if graph in rest else 1) + (3 if untold else 0)
     served = [g for g in graphs if found[id(g)] is not None]
     if check is not None and served and not check.holds(served):
         return [None] * len(graphs)

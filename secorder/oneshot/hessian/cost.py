@@ -79,16 +79,8 @@ class Cost(dict[str, LayerCost]):
 #: Seconds from which on an investigation is not made again.
 LONG = 0.2
 
-#: Strategies whose products end in z.
-_IN_Z = (
-    Strategy.COLUMNS,
-    Strategy.COLUMN_DRAWS,
-    Strategy.CHAIN,
-    Strategy.OUTPUT_BASIS,
-    Strategy.OUTPUT_DRAWS,
-    Strategy.RULE,
-)
-
+#: Strategies whose products, if there are any, do not end in z.
+_NOT_IN_Z = (Strategy.UNUSED, Strategy.PARAMETER_BASIS, Strategy.PARAMETER_DRAWS, Strategy.PER_SAMPLE, Strategy.LOOP)
 
 #: Strategies whose products are with the Hessian, of one layer.
 _BY_LAYER = (Strategy.OUTPUT_BASIS, Strategy.OUTPUT_DRAWS, Strategy.PARAMETER_BASIS, Strategy.PARAMETER_DRAWS)
@@ -96,7 +88,6 @@ _BY_LAYER = (Strategy.OUTPUT_BASIS, Strategy.OUTPUT_DRAWS, Strategy.PARAMETER_BA
 
 def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> Cost:
     """What a Hessian diagonal or trace would take: one forward, one backward, the checks and short trials are run."""
-
     with ExitStack() as opened:
         found, recording, overhead, kept = _investigated(task, budget, opened)
         of = circumstances(task, found, budget)
@@ -181,8 +172,7 @@ def _seconds_by_chain(task: Measurement, found: Findings, budget: Budget) -> dic
 
 def layer_cost(task: Measurement, facts: Facts, choice: Choice, seconds: float = 0.0) -> LayerCost:
     """The cost of what was chosen, with the memory of one batch of products: as a trial told, else by their size."""
-    in_z = choice.strategy in _IN_Z
-    elements = facts.output_elements if in_z else facts.parameter_elements
+    elements = facts.parameter_elements if choice.strategy in _NOT_IN_Z else facts.output_elements
     layer = next(x for x in task.layers if x.name == facts.layer)
     like = next(iter(layer.parameters.values()))
     by_layer = choice.strategy in _BY_LAYER

@@ -260,13 +260,13 @@ class _DrawTrials:
 
     def _on_outputs(self, name: str, elements: int, budget: Budget, seconds: float) -> list[Estimate]:
         graph = self.found.graphs[name]
-        return [output_draws.run(self.task, graph, budget, elements, _nothing, self.reduce, None, seconds)[1]]
+        return [output_draws.run(self.task, graph, budget, elements, lambda _: None, self.reduce, None, seconds)[1]]
 
     def _on_parameters(
         self, layer: Layer, own: Sequence[Tensor | None], elements: int, budget: Budget, seconds: float
     ) -> list[Estimate]:
         with self.recording.paused():
-            return [parameter_draws.run(self.task, layer, own, budget, elements, _nothing, self.reduce, seconds)]
+            return [parameter_draws.run(self.task, layer, own, budget, elements, lambda _: None, self.reduce, seconds)]
 
     def _of_columns_beside(self, drawn: Sequence[str]) -> dict[str, float]:
         """What the Gauss-Newton part of drawn layers takes, by columns, or by columns and draws where they are many."""
@@ -308,7 +308,7 @@ _Draws = Callable[[Budget, float], list[Estimate]]
 def _drawn_columns(
     task: Measurement, side: OutputSide, graphs: list[LayerGraph], reduce: Reduce, budget: Budget, seconds: float
 ) -> list[Estimate]:
-    return column_draws.run(task, side, graphs, budget, reduce, _nothing, seconds)
+    return column_draws.run(task, side, graphs, budget, reduce, lambda _: None, seconds)
 
 
 def _seconds_of_draws(work: _Draws, budget: Budget, limit: float, allowance: float) -> tuple[float, float]:
@@ -356,7 +356,7 @@ def _bytes_of_draws(work: _Draws, budget: Budget, size: int, possible: float) ->
 
 def _in_z(task: Measurement, graph: LayerGraph, facts: Facts) -> _Trial:
     def trial(count: int) -> None:
-        output_basis.run(task, graph, facts.output_elements, _nothing, count)
+        output_basis.run(task, graph, facts.output_elements, lambda _: None, count)
 
     size = task.products_at_once(facts.output_elements, graph.leaves[0])
     return trial, min(size, facts.outputs)
@@ -364,7 +364,7 @@ def _in_z(task: Measurement, graph: LayerGraph, facts: Facts) -> _Trial:
 
 def _on_parameters(task: Measurement, layer: Layer, own: Sequence[Tensor | None], facts: Facts) -> _Trial:
     def trial(count: int) -> None:
-        parameter_basis.run(task, layer, own, facts.parameter_elements, _nothing, count)
+        parameter_basis.run(task, layer, own, facts.parameter_elements, lambda _: None, count)
 
     like = task.isolated.replacements(layer)[0]
     size = task.products_at_once(facts.parameter_elements, like)
@@ -383,7 +383,3 @@ def _of_columns(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph
     elements = sum(t.numel() for graph in graphs for t in graph.leaves) + sum(t.numel() for t in side.model_outputs)
     size = default_chunk_size(elements, side.model_outputs[0], task.chunk_size)
     return trial, min(size, root.num_columns) if usual else 0
-
-
-def _nothing(_: int) -> None:
-    return None
