@@ -1,4 +1,7 @@
-"""What is known of where samples are, for each combination of train and eval modes, and when to look again."""
+"""What is known of where samples are, for each combination of modes and of what is trained, and when to look again.
+
+What is frozen decides, too, by which strategy a layer is measured: no gradient may come to it, or no graph hold it.
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -10,7 +13,7 @@ from torch import nn
 from .._caution import caution
 from .._torch.autocast import no_autocast
 from .._torch.fsdp import reshard
-from .._torch.modules import backward_hooks_removed, modules_in
+from .._torch.modules import backward_hooks_removed, is_scripted, modules_in, parameter_table
 from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
 from ..oneshot.isolation import run_isolated
@@ -22,7 +25,7 @@ from .samples.relation import Shape, explain
 from .samples.search import attribute
 from .schedule import now_and_then
 
-#: One recorded batch in so many is looked at again; and shapes of which it is remembered what is known.
+#: One recorded batch in so many is looked at again; and shapes, and modes, of which it is remembered what is known.
 ONE_IN, REMEMBERED = 100, 256
 
 #: Batches without a gradient from which on a layer is taken for one that gets none.
@@ -33,6 +36,9 @@ SETTLED = 4
 
 _TRAINING = attrgetter("training")
 
+#: Which modules are in train mode, and which parameters require a gradient.
+Mode = tuple[tuple[bool, ...], tuple[bool, ...]]
+
 
 class Attributions:
     """Attributions of one model's layers."""
@@ -40,10 +46,10 @@ class Attributions:
     def __init__(self, model: nn.Module, sample_dim: SampleDim) -> None:
         self._model = model
         self._sample_dim = sample_dim
-        self._modules = modules_in(model)
+        self._take_modules()
         #: By modes, and by how many dimensions each of the arguments has; the latest last.
-        self._known: dict[tuple[bool, ...], dict[tuple[int, ...], Attribution]] = {}
-        self._batches: dict[tuple[bool, ...], int] = {}
+        self._known: dict[Mode, dict[tuple[int, ...], Attribution]] = {}
+        self._batches: dict[Mode, int] = {}
         #: By modes and shapes, what is known and how many samples that makes, where shapes alone tell it.
         self._met: dict[tuple[Any, Any], tuple[Attribution, int | None]] = {}
         self._not_followed: set[str] = set()
@@ -77,10 +83,15 @@ class Attributions:
         """For any modes."""
         return next((found for known in self._known.values() for found in known.values()), None)
 
-    def _mode(self) -> tuple[bool, ...]:
-        return tuple(map(_TRAINING, self._modules))
+    def _take_modules(self) -> None:
+        self._modules = modules_in(self._model)
+        self._tables = [parameter_table(module) for module in self._modules if not is_scripted(module)]
 
-    def scheduled(self, mode: tuple[bool, ...], found: Attribution | None) -> bool:
+    def _mode(self) -> Mode:
+        trained = [p.requires_grad for table in self._tables for p in table.values() if p is not None]
+        return tuple(map(_TRAINING, self._modules)), tuple(trained)
+
+    def scheduled(self, mode: Mode, found: Attribution | None) -> bool:
         """Count a recorded batch: whether it is to be looked at (1, 2, 4, 8, …, and now and then), as it is known."""
         batch = self._batches[mode] = self._batches.get(mode, 0) + 1
         if found is None or found.provisional:
@@ -108,6 +119,9 @@ class Attributions:
         With a reduction, a loss that the model returns is looked at, too.
         """
         mode = self._mode()
+        if len(self._known) >= REMEMBERED and mode not in self._known:  # layers may be frozen at random
+            self._known.clear()
+            self._batches.clear()
         known = self._known.setdefault(mode, {})
         ranks = _ranks(shapes_of((args, kwargs)))
         before = known.get(ranks) or next((x for x in reversed(known.values()) if not (x.undecided or x.coupled)), None)
@@ -184,7 +198,7 @@ class Attributions:
 
     def forget(self) -> None:
         """The model is not what it was: look again."""
-        self._modules = list(self._model.modules())
+        self._take_modules()
         self._known.clear()
         self._met.clear()
         self._batches.clear()

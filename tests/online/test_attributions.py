@@ -42,6 +42,19 @@ def test_modes_are_told_apart_and_what_is_known_is_forgotten() -> None:
         assert probe._attributions.any_known() is None
 
 
+def test_what_is_trained_is_told_apart_and_not_kept_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secorder.online.attributions.REMEMBERED", 4)
+    model = Net(lambda m, x: m.c(m.b(m.a(x))), a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 3))
+    with CurvatureProbe(model) as probe:
+        for index in range(32):
+            for p, bit in zip(list(model.parameters())[:5], f"{index:05b}", strict=True):
+                p.requires_grad_(bit == "1")
+            step(model, data())
+            assert probe._attributions.known([(5, 4)]) is not None
+            assert len(probe._attributions._known) <= 4
+        assert probe.num_samples == 32 * len(data()[0])
+
+
 def test_a_look_runs_no_backward_hook_of_the_users() -> None:
     model, calls = Net(lambda m, x: m.fc(x), fc=nn.Linear(4, 3)), []
     model.fc.register_full_backward_hook(lambda *_: calls.append(1))

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -46,11 +47,16 @@ FROZEN = {
 }
 
 
+class Own(nn.Sequential):
+    """Of a class of one's own, whose structure does not tell where samples are: it is looked at."""
+
+
 @pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
-def test_freezing_at_any_step(frozen: str, at: int) -> None:
+@pytest.mark.parametrize("kind", [nn.Sequential, Own])
+def test_freezing_at_any_step(kind: type[nn.Sequential], frozen: str, at: int) -> None:
     """The numbers are those of all layers at every step, whatever is frozen in some of them."""
-    model, batch = mlp(), data()
+    model, batch = kind(*mlp()), data()
     expected = reference(model, batch)
     names = FROZEN[frozen]
     with CurvatureProbe(model) as probe:
@@ -64,8 +70,43 @@ def test_freezing_at_any_step(frozen: str, at: int) -> None:
         assert_all_close(found, expected)
 
 
-def test_unfreezing_layer_by_layer() -> None:
-    model, batch = mlp().requires_grad_(False), data()
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_forward_while_all_is_frozen_changes_nothing(at: int) -> None:
+    model, (inputs, targets) = Own(*mlp()), data()
+    expected = reference(model, (inputs, targets))
+    with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for index in range(6):
+            if index == at:
+                model.requires_grad_(False)(inputs)
+                model.requires_grad_(True)
+            step(model, (inputs, targets))
+        assert probe.num_samples == 6 * len(inputs)
+        assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+        assert {layer.measured_by for layer in probe._attributions.any_known().layers} == {"rule"}  # type: ignore[union-attr]
+
+
+def test_a_layer_that_is_followed_by_its_operations_may_be_frozen_for_a_while() -> None:
+    model = Net(
+        lambda m, x: m.head(m.rnn(m.first(x)[:, None])[0][:, 0]),
+        first=nn.Linear(4, 4),
+        rnn=nn.GRU(4, 5, batch_first=True),
+    )
+    model.add_module("head", nn.Linear(5, 3))
+    batch = data()
+    expected = reference(model, batch)
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        for index in range(12):
+            for part in (model.first, model.rnn):
+                part.requires_grad_(not 3 <= index < 7)
+            step(model, batch)
+            if index in (2, 6, 11):
+                assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, Own])
+def test_unfreezing_layer_by_layer(kind: type[nn.Sequential]) -> None:
+    model, batch = kind(*mlp()).requires_grad_(False), data()
     expected = reference(model, batch)
     with CurvatureProbe(model) as probe:
         model[4].requires_grad_(True)
