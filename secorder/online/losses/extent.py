@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..._torch.graph import Node, operation_of, run_node, shape_of
-from ..._torch.loss_graph import Place, UnknownNode, nodes_between, pull_back
-from ..._torch.loss_terms import alone, is_mean, ones_for, sums
+from ..._torch.loss_graph import Place, UnknownNode, pull_back
+from ..._torch.loss_terms import alone, is_mean, ones_for, selected, sums
 from ..._torch.random_state import fresh_generator
 from ..._torch.sample_graph import inner_size, sizes_behind
 from ...layers.dtypes import rounding
@@ -24,9 +24,8 @@ BROADCASTS = frozenset({"Add", "Div", "Expand", "Mul", "Repeat", "Rsub", "Sub", 
 #: What adds up products, or powers, of numbers, with no factor of its own.
 ADDS = frozenset({"Bmm", "Dist", "Dot", "LinalgVectorNorm", "Mm", "Mv", "Norm"})
 
-
-#: What takes a piece of a tensor by its place.
-CUTS = frozenset({"Narrow", "Select", "Slice", "Split", "SplitWithSizes", "Unbind"})
+#: What takes a piece of a tensor.
+CUTS = frozenset({"Index", "IndexSelect", "Narrow", "Select", "Slice", "Split", "SplitWithSizes", "Unbind"})
 
 
 def samples_of(loss: SeenLoss, node: Node, number: int) -> int:
@@ -106,18 +105,35 @@ def is_of_samples(place: Place, loss: SeenLoss, count: int) -> bool:
     return False
 
 
-def of_a_part(loss: SeenLoss, node: Node, samples: int) -> int:
-    """How many samples a number is of that a node makes of pieces without the others; 0 where it is of all or of one.
+def in_pieces(loss: SeenLoss, node: Node, samples: int) -> int:
+    """How many samples the pieces hold that a node's numbers are made of; 0 where there are none, or it is not known.
 
     The gradient alone does not tell, which is zero for samples that keep a margin.
     """
-    ends = {end for end, _ in loss.outputs}
-    behind = [place for x in nodes_between([node], ends) for place in x.next_functions if place[0] is not None]
-    pieces = {x for x in behind if operation_of(x[0]) in CUTS and not is_of_samples(x, loss, samples)}
+    pieces = _pieces(loss, node, samples)
+    kind = _kind(node, 0), frozenset(_kind(*x) for x in pieces)
+    if kind not in loss.samples_of:
+        try:
+            found = [samples_behind(x, ones_for(*x), loss.outputs, fresh_generator()) for x in pieces]
+        except UnknownNode:
+            found = []
+        loss.samples_of[kind] = len(set().union(*(samples for by_output in found for samples in by_output.values())))
+    return loss.samples_of[kind]
+
+
+def of_a_part(loss: SeenLoss, node: Node, samples: int) -> int:
+    """How many samples a number is of that a node makes of pieces, without the others; 0 where it is of one, or of all.
+
+    All of them where pieces hold each sample once. Of one choice by indices, :mod:`.powers` looks at what is chosen.
+    """
+    pieces = _pieces(loss, node, samples)
+    if not pieces or (len(pieces) == 1 and selected(pieces[0][0])):
+        return 0
+    held = in_pieces(loss, node, samples)
     try:
-        found = [samples_behind(x, ones_for(*x), loss.outputs, fresh_generator()) for x in pieces]
-        held = len({sample for by_output in found for samples in by_output.values() for sample in samples})
-        return held if 1 < held < samples and samples_of(loss, node, 0) <= held else 0
+        if held == samples:
+            return samples if sum((*shape_of(*x), 1)[0] for x in pieces) == samples else 0
+        return held if held > 1 and samples_of(loss, node, 0) <= held else 0
     except UnknownNode:
         return 0
 
@@ -126,6 +142,21 @@ def mixes(place: Place, index: int) -> bool:
     """Whether the first number that a node makes is of several that it is given."""
     node, number = place
     return int(run_node(node, alone(node, number, _first(node, number)), index).count_nonzero()) > 1
+
+
+def _pieces(loss: SeenLoss, node: Node, samples: int) -> list[Place]:
+    """What was taken of tensors in which all samples lie, of which a node's numbers are made."""
+    leads, seen = set(loss.order), set[Place]()
+    found, waiting = [], [node]
+    for x in waiting:  # which grows meanwhile
+        for place in x.next_functions:
+            if place[0] in leads and place not in seen:
+                seen.add(place)
+                if operation_of(place[0]) in CUTS and not is_of_samples(place, loss, samples):
+                    found.append(place)
+                else:
+                    waiting.append(place[0])
+    return found
 
 
 def _first(node: Node, number: int) -> Tensor:

@@ -28,7 +28,7 @@ from ..._torch.loss_terms import (
     summed,
     uniform,
 )
-from .extent import ADDS, copies, mixes, of_a_part, of_several, over_samples, samples_of
+from .extent import ADDS, copies, in_pieces, mixes, of_a_part, of_several, over_samples, samples_of
 from .seen import SeenLoss
 
 WEIGHTED = (
@@ -220,18 +220,19 @@ def _scaled(
 
 
 def _averaged(walk: _Walk, path: Path, node: Node, held: int) -> Path:
-    """Behind a mean; of numbers of so many samples, where these are not all (see :func:`.extent.of_a_part`)."""
+    """Behind a mean; of pieces that hold so many samples, if any (see :func:`.extent.of_a_part`)."""
     count = averaged(node)
     if not _joins(walk, node):
         return path
+    part = 0 < held < walk.samples
     share = path.scale / path.number if path.mean and path.number else path.scale
-    if held and _as_of_all(walk, share, held):
+    if part and _as_of_all(walk, share, held):
         return path._replace(power=path.power - 1, number=count, mean=True, why="", scale=1.0)
-    if held or count % walk.samples:
-        why = f"a mean over {held} of {walk.samples}" if held else f"a mean of {count} for {walk.samples} samples"
+    if part or count % walk.samples:
+        why = f"a mean over {held} of {walk.samples}" if part else f"a mean of {count} for {walk.samples} samples"
         power = path.power - (walk.told == "sum")
         return path._replace(power=power, number=count, mean=True, why=why)
-    return path._replace(power=path.power - 1, number=count, mean=True, why="")
+    return path._replace(power=path.power - 1, number=0 if held else count, mean=True, why="")
 
 
 def _as_of_all(walk: _Walk, factor: float, held: int) -> bool:
@@ -247,7 +248,7 @@ def _divides(path: Path, count: int) -> bool:
 def _added(walk: _Walk, path: Path, count: int, held: int) -> Path:
     """Behind a sum of so many numbers to one, of so many samples where these are not all."""
     path = path._replace(added=path.added or count)
-    if held and _divides(path, count) and not _as_of_all(walk, path.scale * count, held):
+    if held % walk.samples and _divides(path, count) and not _as_of_all(walk, path.scale * count, held):
         why = f"a sum over {held} of {walk.samples} that is divided by {count}"
         power = path.power + (walk.told == "mean")
         return path._replace(power=power, why=why, scale=path.scale * count, mean=True)
@@ -256,14 +257,14 @@ def _added(walk: _Walk, path: Path, count: int, held: int) -> Path:
     if fewer and (2 * count // walk.samples) % each and path.power < 0 and differ(walk.loss, 1):  # without padding
         why = f"a sum that is divided by {path.number} for {walk.samples} samples"
         return path._replace(power=path.power + 1, why=why)
-    return path if path.number == count else path._replace(number=0)
+    return path if path.number == count and held != walk.samples else path._replace(number=0)
 
 
 def _chosen(walk: _Walk, path: Path, rows: int, *rest: int) -> Path:
     """Behind the choice of some rows, such as of tokens by a mask, which may not be as many of each sample."""
     held = not rows % walk.samples or walk.samples in rest
     whole = rows == walk.samples or (held and not differ(walk.loss, 1))
-    if not path.number or path.number % rows or whole:
+    if not path.number or not rows or path.number % rows or whole:
         return path
     why = f"a mean of {rows} that were selected for {walk.samples} samples"
     power = min(path.power + 1, 0) if walk.told == "mean" else path.power
@@ -276,7 +277,8 @@ def _joins(walk: _Walk, node: Node) -> bool:
     Of several samples' mean, too, the gradient may come to one alone, such as where all others keep a margin.
     """
     alike, as_samples = walk.alike[operation_of(node)], not averaged(node) % walk.samples
-    if prod(shape_of(node, 0)) == 1 and alike < (walk.samples if as_samples else 2):
+    few = alike < (walk.samples if as_samples else 2)
+    if prod(shape_of(node, 0)) == 1 and (few or in_pieces(walk.loss, node, walk.samples) != 1):
         return True
     try:
         return samples_of(walk.loss, node, 0) != 1  # where the gradient is zero, it is not known

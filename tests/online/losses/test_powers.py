@@ -358,6 +358,9 @@ AS_TOLD: dict[str, tuple[Criterion, str]] = {
     "parts, together": (lambda z, t: torch.cat([own.square() for own in parts(z)]).mean(), "mean"),
     "parts by the number": (lambda z, t: sum(own.square().sum() for own in parts(z)) / (2 * len(z)), "mean"),
     "parts that keep a margin": (lambda z, t: torch.cat([own.relu() for own in parts(z)]).mean(), "mean"),
+    "chosen by labels, together": (lambda z, t: torch.cat([z[t > 0].square(), z[t == 0].exp()]).mean(), "mean"),
+    "chosen by labels, a sum": (lambda z, t: torch.cat([z[t > 0, 0], z[t == 0, 1].exp()]).nanmean(), "mean"),
+    "none chosen": (lambda z, t: F.cross_entropy(z, t) + z[t < 0].sum() / len(z), "mean"),
     "a temperature": (lambda z, t: F.cross_entropy(z * 6, t), "mean"),
     "a temperature of a sum": (lambda z, t: F.cross_entropy(z / 6, t, reduction="sum"), "sum"),
     "a mean beside losses": (lambda z, t: (F.cross_entropy(z, t) + z.square().sum(1)).mean(), "mean"),
@@ -406,6 +409,18 @@ def test_a_mean_of_which_the_gradient_comes_to_one_sample_is_one_beside_another(
         return z[:, 0].mul(b[1] == 1).mean() + z.square().mean()
 
     assert follow(make(), [(data(n)[0], (torch.arange(n) == 1).long()) for n in (6, 7)], loss).exact
+
+
+def test_a_mean_of_which_the_gradient_comes_to_one_sample_is_one_beside_as_many_as_samples() -> None:
+    """As of clipped ratios of probabilities, beside an entropy and the loss of a value."""
+
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        z = m(b[0])
+        return (
+            z.gather(1, b[1][:, None]).mul((b[1] == 1)[:, None]).mean() + z[:, :1].exp().mean() + z[:, 1:2].cos().mean()
+        )
+
+    assert follow(make(), [(data(n)[0], (torch.arange(n) == 1).long()) for n in (3, 2)], loss).exact
 
 
 def test_a_mask_that_leaves_one_sample_is_no_mean() -> None:
