@@ -51,16 +51,17 @@ def watch_squares(fisher: OnlineFisher, backward: Backward, record: ForwardRecor
 
     What passes for the gradient of the mean is what the audit looks at: where something else is in it, it tells.
     Of some layers the norm is that of the calls' own sum, since the parameters' gradient is not that of the mean:
-    samples weigh differently, a backward may hold several batches, a parameter is frozen or has a sparse gradient, or
-    the layer's gradients are formed anyway.
+    samples weigh differently, a backward may hold several batches, a parameter is frozen, is not used or has a sparse
+    gradient, or the layer's gradients are formed anyway.
     """
     backward.takes_norms = True
     every = record.weights is not None or fisher.forwards == "separate"
-    without = {x.name for x in (*record.attribution.layers, *record.fallback) if x.rule is None}
+    measured = (*record.attribution.layers, *record.fallback)
+    formed = {x.name for x in measured if x.rule is None and not x.by_operations}
     hooked: set[int] = set()  # tied layers hold one
     for layer in fisher.layers:
         parameters = layer.parameters.values()
-        if every or layer.name in without or layer.sparse or not all(map(_REQUIRES_GRAD, parameters)):
+        if every or layer.name in formed or layer.sparse or not all(map(_REQUIRES_GRAD, parameters)):
             backward.by_factors.add(layer.name)
             continue
         if fresh.issuperset(map(id, parameters)):
@@ -120,7 +121,8 @@ def take_norms(
     own = record.layers[layer.name]
     norms = record.layers[known].norms if known else none
     own.norms = squared_norms(parts_of, sizes, low=low) if norms is None else norms
-    if record.backward is not None and layer.name in record.backward.by_factors:
+    unused = not all(parts_of)  # which is not known from a gradient that is not there
+    if record.backward is not None and (unused or layer.name in record.backward.by_factors):
         own.squares = squared_norm_of_sum(parts_of, sizes) if none is None else none.new_zeros(())
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe, NonFiniteError
 
+from ..benchmarks.memory import peak_memory
 from ..helpers import Net, data, make, mlp, seed, step
 from ..reference import assert_close, gradients_by_sample
 
@@ -22,6 +23,22 @@ def test_no_tensor_of_the_parameters_size_is_kept() -> None:
     with CurvatureProbe(model, accumulate="trace", reduction="mean") as probe:
         F.cross_entropy(model(torch.randn(4, 64)), torch.randint(3, (4,))).backward()
         assert max(value.numel() for value in probe.state_dict().values()) < 64
+
+
+def test_the_whole_gradient_of_a_layer_without_a_rule_is_not_formed_again() -> None:
+    model, x = nn.GRU(40, 128, 2, batch_first=True), torch.randn(64, 20, 40)
+    peaks = []
+    for accumulate in ("trace", "diagonal"):
+        with CurvatureProbe(model, "all", accumulate=accumulate, reduction="mean"):
+
+            def run() -> None:
+                model.zero_grad()
+                model(x)[0][:, -1].square().mean(1).mean().backward()
+
+            for _ in range(5):  # of which 1, 2 and 4 are verified
+                run()
+            peaks.append(peak_memory(run))
+    assert peaks[0] < 1.02 * peaks[1]
 
 
 @pytest.mark.parametrize("accumulate", ["trace", "diagonal"])
