@@ -38,7 +38,7 @@ def batch_size(inputs: Any, targets: Any, sample_dim: int = 0) -> int:
         raise InvalidArgumentError("the batch is empty: pass at least one sample.")
     known = [size for t in tensors_in(targets) for size in t.shape[: sample_dim + 1]]
     agreed = [size for size in sizes if size in known]
-    count = preferred_size(agreed or sizes)
+    count = next((size for size in agreed or sizes if size != 1), 1)  # a row for all samples, say a condition, has one
     # Targets of several rows a sample, such as one label a token, are for the model's output to confirm
     # (require_agreement).
     if not agreed and isinstance(targets, Tensor) and targets.dim() and targets.shape[0] % count:
@@ -93,11 +93,6 @@ def _mismatch(count: int, targets: Tensor, sample_dim: int) -> InvalidArgumentEr
 def sample_sizes(tree: Any, sample_dim: int = 0) -> list[int]:
     """Sizes of dimension ``sample_dim`` of the tensors that have one."""
     return [tensor.shape[sample_dim] for tensor in tensors_in(tree) if tensor.dim() > sample_dim]
-
-
-def preferred_size(sizes: Sequence[int]) -> int:
-    """The first size that is not one (a row for all samples, such as a conditioning vector, has one), or one."""
-    return next((size for size in sizes if size != 1), 1)
 
 
 def sample_dimension(tensor: Tensor, count: int, sample_dim: int = 0) -> int | None:

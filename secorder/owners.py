@@ -62,11 +62,9 @@ def owned_by_entries(arguments: tuple[tuple[Any, ...], Mapping[str, Any]]) -> li
 
 def _entries_of(tree: Any, *, of_tensors: bool) -> list[Any] | None:
     """The entries of a list, each of which holds tensors, or whatever they hold."""
-    return list(tree) if type(tree) in (list, tuple) and _has_entries(tree, of_tensors) else None
-
-
-def _has_entries(tree: Sequence[Any], of_tensors: bool) -> bool:
-    return bool(tree) and (not of_tensors or all(next(tensors_in(entry), None) is not None for entry in tree))
+    if type(tree) not in (list, tuple) or not tree:
+        return None
+    return list(tree) if not of_tensors or all(next(tensors_in(x), None) is not None for x in tree) else None
 
 
 def owned_by_index(arguments: Any) -> list[Owned]:
@@ -210,9 +208,8 @@ def with_entries_of(
 
 def _chosen(count: int, chosen: Sequence[int], of_tensors: bool, tree: Any) -> Any:
     """Some entries of a list of one a sample; None for anything else."""
-    if type(tree) in (list, tuple) and len(tree) == count and _has_entries(tree, of_tensors):
-        return type(tree)(tree[n] for n in chosen)
-    return None
+    entries = _entries_of(tree, of_tensors=of_tensors)
+    return None if entries is None or len(entries) != count else type(tree)(entries[n] for n in chosen)
 
 
 class _Nodes:

@@ -447,14 +447,8 @@ class CurvatureProbe:
             (torch.Size([15]), torch.Size([3, 4]), 'rule')
         """
         if loss_fn is None:
-            given = inputs is not None or targets is not None or generator is not None or chunk_size is not None
-            if (
-                given
-                or fisher_type != "empirical"
-                or num_draws != 1
-                or create_graph
-                or (rtol, max_draws) != (None, None)
-            ):
+            given = any(x is not None for x in (inputs, targets, generator, chunk_size, rtol, max_draws))
+            if given or create_graph or (fisher_type, num_draws) != ("empirical", 1):
                 raise InvalidArgumentError(
                     "without loss_fn, fisher_diagonal() returns what training accumulated and takes synchronize= and "
                     "missing= alone: pass loss_fn, inputs and targets to measure a batch."

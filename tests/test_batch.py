@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe, InvalidArgumentError, InvalidTypeError
-from secorder.batch import batch_size, preferred_size, require_agreement, sample_dimension
+from secorder.batch import batch_size, require_agreement, sample_dimension
 
 from .reference import assert_all_close, hessian_by_element
 
@@ -46,8 +46,8 @@ def test_where_samples_are() -> None:
     assert sample_dimension(torch.zeros(4, 5), 5, 1) == 1
     assert sample_dimension(torch.zeros(5, 4), 5, 1) == 0
     assert sample_dimension(torch.zeros(3), 5) is None
-    assert preferred_size([1, 1, 7, 5]) == 7
-    assert preferred_size([1, 1]) == 1
+    assert batch_size((torch.zeros(1, 3), torch.zeros(7, 3), torch.zeros(5, 3)), None) == 7
+    assert batch_size((torch.zeros(1, 3), torch.zeros(1, 3)), None) == 1
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Diagonals as numbers, histograms and pictures in any sink."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
@@ -69,16 +69,6 @@ def numbers_of(kind: str, statistics: Mapping[str, Mapping[str, float]]) -> dict
     return {**numbers, f"{kind}_nonfinite": bad} if bad else numbers
 
 
-def _histograms(kind: str, summaries: Mapping[str, LayerSummary]) -> Iterator[tuple[str, list[float], list[float]]]:
-    """Name, edges and counts of each layer's histogram of ``log10 |entry|``."""
-    for name, summary in summaries.items():
-        if sum(summary.counts) > 0:
-            bins = len(summary.counts)
-            width = (summary.high - summary.low) / bins or 1e-6
-            edges = [summary.low + width * i for i in range(bins)] + [max(summary.high, summary.low + 1e-6)]
-            yield f"{kind}_histogram_log10/{shown(name)}", edges, summary.counts
-
-
 class CurvatureLog:
     """Sinks and the history of what they got, from which heat maps of layers over steps are drawn.
 
@@ -124,8 +114,13 @@ class CurvatureLog:
             self._histograms(kind, summarize(diagonals), step)
 
     def _histograms(self, kind: str, summaries: Mapping[str, LayerSummary], step: int) -> None:
-        for name, edges, counts in _histograms(kind, summaries):
-            self._give("histogram", step, name, edges, counts)
+        """Edges and counts of each layer's histogram of ``log10 |entry|``."""
+        for name, summary in summaries.items():
+            if sum(summary.counts) > 0:
+                bins = len(summary.counts)
+                width = (summary.high - summary.low) / bins or 1e-6
+                edges = [summary.low + width * i for i in range(bins)] + [max(summary.high, summary.low + 1e-6)]
+                self._give("histogram", step, f"{kind}_histogram_log10/{shown(name)}", edges, summary.counts)
 
     def diagonals(self, kind: str, diagonals: Mapping[str, Tensor], step: int) -> None:
         """Log diagonals: see :func:`log_diagonals`."""

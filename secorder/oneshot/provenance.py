@@ -68,7 +68,7 @@ class Calls(TorchFunctionMode):
         if name == "register_hook":
             self.hooked |= not (len(args) > 1 and is_watch(args[1]))
         elif name == "__get__":
-            attribute = _attribute(function)
+            attribute = getattr(getattr(function, "__self__", None), "__name__", "data")
             self.detached |= attribute == "data"
             self.hooked |= attribute == "grad_fn"  # which takes hooks, and tells nobody
         elif not self.detached and name not in _CREATIONS and _has_gradient((args, tuple(kwargs.values()))):
@@ -79,10 +79,6 @@ class Calls(TorchFunctionMode):
             except RuntimeError:  # of tensors of other kinds, which tell nothing
                 self.entries.opaque = True
         return result
-
-
-def _attribute(getter: Any) -> str:
-    return getattr(getattr(getter, "__self__", None), "__name__", "data")
 
 
 def _has_gradient(arguments: Any) -> bool:

@@ -26,7 +26,7 @@ from ..parallel.tensor_parallel import own_rows
 from .audit.penalty import explain
 from .finite import total_of, witness
 from .fisher import OnlineFisher
-from .formed import form, is_formed, squares_may_wait, wait_formed
+from .formed import form, is_formed, may_be_later, wait_formed
 from .layer_record import Call
 from .norms import keep_norms, take_norms, takes_norms
 from .plan import plan_of
@@ -130,7 +130,7 @@ def _squares(
         return None
     gradients, products = _weighted_and_audited(fisher, record, layer, gradients, () if layer.by_operations else calls)
     squares = form(fisher, record, layer, gradients)
-    if squares is not None and squares_may_wait(fisher, record, layer, squares):
+    if squares is not None and may_be_later(fisher, layer, squares, [own for _, own in record.formed[:1]]):
         wait_formed(fisher, record, layer, squares)
         return None
     numbers: list[Tensor | None] = []

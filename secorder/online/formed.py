@@ -55,11 +55,6 @@ def is_formed(part: PerSample, numel: int) -> bool:
     return isinstance(part, Outer) and part.g.shape[-2] > 1 and numel <= IN_PLACE_ELEMENTS
 
 
-def squares_may_wait(fisher: OnlineFisher, record: ForwardRecord, layer: Layer, squares: Tensor) -> bool:
-    """Whether a layer's squares may be added later, together with others."""
-    return may_be_later(fisher, layer, squares, [own for _, own in record.formed[:1]])
-
-
 def may_be_later(fisher: OnlineFisher, layer: Layer, like: Tensor, others: Sequence[Tensor]) -> bool:
     """Whether a layer is added as any other is: here, in one dtype, and whatever other ranks find."""
     if fisher.penalty is not None or fisher.ranks is not None or fisher.on_nonfinite == "raise":

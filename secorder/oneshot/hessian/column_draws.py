@@ -1,6 +1,5 @@
 """Columns of a root of the output Hessian, too many to be pulled back: the heaviest ones, and draws of the others."""
 
-import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -35,9 +34,9 @@ def run(
     side: OutputSide,
     graphs: Sequence[LayerGraph],
     budget: Budget,
+    seconds: float,
     reduce: Reduce,
-    advance: Callable[[int], None],
-    seconds: float = math.inf,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> list[Estimate]:
     """Of each layer the Gauss-Newton part, which is all there is where the model is piecewise linear after it."""
     rest = unsettled(task, side.model_outputs, graphs, by_graph=side.by_graph)

@@ -17,6 +17,7 @@ from .deflation import PILOT_DRAWS, Pilot, Space, deflated, may_pay, pilot
 from .estimate import Draw, Estimate, average
 from .facts import Facts
 from .layer_graph import LayerGraph
+from .output_basis import applies as applies  # where a basis of z does
 
 NAME = Strategy.OUTPUT_DRAWS
 
@@ -32,11 +33,6 @@ def reduced(reduce: Reduce, diagonal: Sequence[Tensor]) -> list[Tensor]:
 def whole(values: list[Tensor]) -> list[Tensor]:
     """The diagonals themselves."""
     return values
-
-
-def applies(facts: Facts) -> bool:
-    """Where parameters act through z alone and samples do not interact after it."""
-    return bool(facts.own_use and facts.samples_independent and facts.outputs)
 
 
 def products(facts: Facts, budget: Budget) -> int:

@@ -14,20 +14,11 @@ from ..independence import linear_products
 from ..measurement import Measurement
 from .budget import Budget
 from .estimate import Estimate, average
-from .facts import Facts
 from .output_draws import Reduce, reduced
+from .output_draws import products as products  # one for each draw, here too
+from .parameter_basis import applies as applies  # everywhere
 
 NAME = Strategy.PARAMETER_DRAWS
-
-
-def applies(facts: Facts) -> bool:
-    """Everywhere."""
-    return True
-
-
-def products(facts: Facts, budget: Budget) -> int:
-    """One for each draw."""
-    return budget.num_draws
 
 
 def run(

@@ -96,7 +96,7 @@ class _Run:
             seconds = len(drawn) * seconds_of_draws(budget, chosen)
             total = found.facts[drawn[0].layer.name].num_columns
             with progress_bar(self.task.progress, "Hessian by columns and draws", total) as bar:
-                estimates = column_draws.run(self.task, side, drawn, closer, self.reduce, bar, seconds)
+                estimates = column_draws.run(self.task, side, drawn, closer, seconds, self.reduce, bar)
             known |= {graph.layer.name: estimate for graph, estimate in zip(drawn, estimates, strict=True)}
         for name in [x for x in known if strategies[x] in (Strategy.COLUMNS, Strategy.COLUMN_DRAWS)]:
             spent = found.graphs[name].num_hvps

@@ -202,7 +202,7 @@ class _DrawTrials:
         side, graphs = self.found.output_side, [self.found.graphs[name] for name in names]
         if side is None or not graphs:
             return {}
-        work: _Draws = partial(_drawn_columns, self.task, side, graphs, self.reduce)
+        work: _Draws = partial(column_draws.run, self.task, side, graphs, reduce=self.reduce)
         _, seconds = _seconds_of_draws(work, budget, len(names) * self.limit, TRIAL_SECONDS)
         return {name: seconds / len(names) for name in names}
 
@@ -303,12 +303,6 @@ def _columns_affordable(found: Findings, name: str, budget: Budget) -> bool:
 
 #: Draws by a budget, in so many seconds.
 _Draws = Callable[[Budget, float], list[Estimate]]
-
-
-def _drawn_columns(
-    task: Measurement, side: OutputSide, graphs: list[LayerGraph], reduce: Reduce, budget: Budget, seconds: float
-) -> list[Estimate]:
-    return column_draws.run(task, side, graphs, budget, reduce, lambda _: None, seconds)
 
 
 def _seconds_of_draws(work: _Draws, budget: Budget, limit: float, allowance: float) -> tuple[float, float]:

@@ -38,7 +38,8 @@ def uses_outside(isolated: IsolatedModel, layers: Sequence[Layer], users: Users)
     outside: set[str] = set()
     for one, other in permutations(layers, 2):  # tied weights: each layer's calls are another's outside
         together = one.rule is not None and other.rule is not None  # see tied_layers
-        if not together and not _holds(one.enclosing, other.enclosing) and share_parameters(one, other):
+        held = any(m is other.enclosing for m in one.enclosing.modules())
+        if not together and not held and share_parameters(one, other):
             outside.add(one.name)
     inside = [x for x in layers if x.enclosing is not isolated.model]
     return outside | {x.name for x in inside if any(accumulate_node(s) in users for s in isolated.replacements(x))}
@@ -47,7 +48,3 @@ def uses_outside(isolated: IsolatedModel, layers: Sequence[Layer], users: Users)
 def share_parameters(one: Layer, other: Layer) -> bool:
     """Whether two layers hold one and the same parameter."""
     return not {id(p) for p in one.parameters.values()}.isdisjoint(id(p) for p in other.parameters.values())
-
-
-def _holds(module: nn.Module, other: nn.Module) -> bool:
-    return any(m is other for m in module.modules())

@@ -51,7 +51,7 @@ from .relation import Verified
 from .routes import layers_of_routed_rows, unowned_arguments
 from .rows import Rows, rows_of_layers
 from .sample_dimension import Choice, Question, choose
-from .slower import by_operations, parents_of, slower_of
+from .slower import by_operations, slower_of
 from .use_rows import rows_of_uses
 
 _USED_UP = (
@@ -143,7 +143,7 @@ def _separable(found: Attribution) -> bool:
 def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
     """Attribution of layers or, step by step, of modules that contain them."""
     model = asked.model
-    parents = parents_of(model)
+    parents = {id(child): module for module in model.modules() for child in module.children()}
     first, layers = layers, list(layers)
     found, chosen = _attribute(asked, layers, layers, None)
     while True:

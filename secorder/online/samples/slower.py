@@ -30,11 +30,6 @@ def slower_of(asked: Question, parents: Mapping[int, nn.Module], layer: Layer) -
     return None if layer.enclosing is asked.model else replace(layer, enclosing=_around(parents, layer), rule=None)
 
 
-def parents_of(model: nn.Module) -> Mapping[int, nn.Module]:
-    """By a module's ``id``, the one that holds it."""
-    return {id(child): module for module in model.modules() for child in module.children()}
-
-
 def _around(parents: Mapping[int, nn.Module], layer: Layer) -> nn.Module:
     """The module around a layer's enclosing module that is itself called: not a mere list of modules."""
     module = parents[id(layer.enclosing)]

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from secorder import CurvatureProbe
 from secorder.layers.selection import select_layers
-from secorder.oneshot.hessian import decision, deflation, output_draws, trials
+from secorder.oneshot.hessian import column_draws, decision, deflation, output_draws, trials
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.hessian.choice import DRAWN, choose
 from secorder.oneshot.hessian.estimate import Estimate
@@ -173,7 +173,7 @@ def test_columns_that_are_drawn_beside_draws_are_told(
 
     def seconds_of_draws(work: Any, budget: Budget, limit: float, allowance: float) -> tuple[float, float]:
         work(budget, limit)
-        return 0.1, 7.0 if getattr(work, "func", None) is trials._drawn_columns else 1.0
+        return 0.1, 7.0 if getattr(work, "func", None) is column_draws.run else 1.0
 
     monkeypatch.setattr(trials, "_seconds_of_draws", seconds_of_draws)
     monkeypatch.setattr(trials, "seconds_per_product", lambda *_: 0.0)

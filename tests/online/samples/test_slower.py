@@ -9,17 +9,18 @@ from torch import nn
 from secorder import CurvatureProbe
 from secorder.layers.selection import Layer, select_layers
 from secorder.online.samples.sample_dimension import Question
-from secorder.online.samples.slower import parents_of, slower_of
+from secorder.online.samples.slower import slower_of
 
 
 def strategies(model: nn.Module, layer: Layer | None = None, not_followed: Collection[str] = ()) -> list[str]:
     """How a linear layer is measured, one strategy after the other."""
     slower, names = layer or select_layers(model)[0], {id(m): name for name, m in model.named_modules()}
     asked = Question(model, ((), {}), None, None, False, not_followed)
+    parents = {id(child): module for module in model.modules() for child in module.children()}
     found = []
     while slower is not None:
         found.append(_said(slower, names))
-        slower = slower_of(asked, parents_of(model), slower)
+        slower = slower_of(asked, parents, slower)
     return found
 
 
