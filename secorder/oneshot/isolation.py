@@ -236,7 +236,8 @@ def _isolated(
         replacements: dict[int, Tensor] = {
             key: p if key in themselves else _as_leaf(p) for key, p in parameters.items()
         }
-        usable = replacements | _usable(held, replacements)
+        copied = [p for p in held if p.is_inference() and id(p) not in replacements]
+        usable = replacements | {id(p): p.detach().clone() for p in copied}
         places = [place for m in everything.values() for place in parameter_places(m)]
         stack.enter_context(holding([(x, usable[id(x.value)]) for x in places if id(x.value) in usable]))
         buffers = [place for m in everything.values() for place in buffer_places(m)]
@@ -328,12 +329,6 @@ def parameter_like(parameter: Tensor, value: Tensor, *, requires_grad: bool = Tr
     found = nn.Parameter(value, requires_grad=requires_grad)
     vars(found).update(vars(parameter))
     return found
-
-
-def _usable(parameters: Sequence[Tensor], replacements: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Copies of the parameters that are inference tensors and have no replacement."""
-    rest = [p for p in parameters if p.is_inference() and id(p) not in replacements]
-    return {id(p): p.detach().clone() for p in rest}
 
 
 @contextmanager

@@ -166,9 +166,8 @@ class State:
 
     def _module(self, module: nn.Module) -> Iterator[Any]:
         self._restores.append(of_attributes(module))
-        for table in tables_of(module):
-            if not self._sharded:  # FSDP exchanges parameters in the tables, as it gathers them
-                self._restores.append(of_dict(table))
+        if not self._sharded:  # FSDP exchanges parameters in the tables, as it gathers them
+            self._restores += map(of_dict, tables_of(module))
         yield from own_attributes(module).values()
         for table in tables_of(module):
             yield from table.values()
@@ -200,13 +199,8 @@ class State:
             if isinstance(x, list):
                 self._restores.append(of_length(x))
             return ()
-        if isinstance(x, dict):
-            self._restores.append(of_dict(x))
-            for key, value in x.items():
-                self._hold(value, partial(x.__setitem__, key))
-            return list(x.values())
-        self._restores.append(of_elements(x))
-        if isinstance(x, list):
-            for index, value in enumerate(x):
-                self._hold(value, partial(x.__setitem__, index))
-        return () if isinstance(x, bytearray) else list(x)
+        mapping = isinstance(x, dict)
+        self._restores.append(of_dict(x) if mapping else of_elements(x))
+        for key, value in x.items() if mapping else enumerate(x) if isinstance(x, list) else ():
+            self._hold(value, partial(x.__setitem__, key))
+        return () if isinstance(x, bytearray) else list(x.values() if mapping else x)

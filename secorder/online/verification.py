@@ -12,6 +12,7 @@ from .._torch.modules import buffer_places, is_scripted, own_tensors, put_back
 from .._torch.pytree import call_model
 from .._torch.random_state import random_state_kept
 from ..oneshot.isolation import gradients_put_aside
+from ..oneshot.output_hessian import filled
 from ..oneshot.state import State
 from .attributions import Attributions
 from .fisher import OnlineFisher
@@ -140,12 +141,7 @@ def _scale_of_training(
     with _state_kept(fisher.model, loss_fn), torch.enable_grad():
         loss = loss_fn(call_model(fisher.model, inputs), targets)
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    own = torch.cat(
-        [
-            (torch.zeros_like(p) if g is None else g).detach().flatten().double()
-            for p, g in zip(parameters, found, strict=True)
-        ]
-    )
+    own = torch.cat([g.detach().flatten().double() for g in filled(found, parameters)])
     scale = float(left @ own / (own @ own).clamp(min=1e-300))
     if scale <= 0 or float((left - scale * own).norm()) > TOLERANCE * float(left.norm()):
         return None  # of another batch, or of several

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -83,7 +84,8 @@ def check_reduction(given: Reduction) -> Literal["mean", "sum"] | Weights:
         raise InvalidArgumentError(f"reduction is the class {given.__name__}, not made yet: pass {given.__name__}().")
     kind = getattr(given, "reduction", None) if isinstance(given, nn.Module) else given
     if isinstance(kind, str) and kind in ("mean", "sum"):
-        if kind == "mean" and isinstance(given, nn.Module) and _is_weighted(given):
+        weighs = getattr(given, "weight", None) is not None or getattr(given, "ignore_index", -100) != -100
+        if kind == "mean" and isinstance(given, nn.Module) and weighs:
             raise InvalidArgumentError(
                 f"{type(given).__name__} with weight= or ignored targets weights samples by their targets, which the "
                 "model does not get: pass reduction= with a function of the model's arguments that returns the "
@@ -96,10 +98,6 @@ def check_reduction(given: Reduction) -> Literal["mean", "sum"] | Weights:
         'reduction must be "mean", "sum", a loss module with one of these, or a function of the model\'s arguments '
         f"that returns the weights of the samples' losses, got {shown(given)}."
     )
-
-
-def _is_weighted(loss: nn.Module) -> bool:
-    return getattr(loss, "weight", None) is not None or getattr(loss, "ignore_index", -100) != -100
 
 
 def weights_of(function: Weights, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int) -> Tensor | None:
@@ -161,23 +159,18 @@ def token_weights(
         require_integer("labels", labels, 0)
     require_integer("ignore_index", ignore_index, -sys.maxsize)
     require_integer("shift", shift, 0)
-    return _TokenWeights(labels, ignore_index, shift, items)
+    return partial(_token_weights, labels, ignore_index, shift, items)  # which can be pickled
 
 
-class _TokenWeights:
-    """What :func:`token_weights` returns: a function that can be pickled."""
-
-    def __init__(self, labels: str | int, ignore_index: int, shift: int, items: str) -> None:
-        self._labels, self._ignore_index, self._shift, self._items = labels, ignore_index, shift, items
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The weights of one batch, shape ``(N,)``, zero for a sample without a token."""
-        which = self._labels
-        labels = kwargs.get(which) if isinstance(which, str) else next(iter(args[which:]), None)
-        if not isinstance(labels, Tensor) or not labels.dim():
-            raise InvalidArgumentError(f"token_weights found no labels: the model has no argument {self._labels!r}.")
-        counted = labels if labels.dim() == 1 else labels[:, self._shift :].flatten(1)
-        tokens = (counted != self._ignore_index).to(torch.get_default_dtype())
-        tokens = tokens if labels.dim() == 1 else tokens.sum(1)
-        items = kwargs.get(self._items)
-        return tokens / (tokens.sum() if items is None else items)
+def _token_weights(
+    which: str | int, ignore_index: int, shift: int, divided_by: str, /, *args: Any, **kwargs: Any
+) -> Tensor:
+    """The weights of one batch, shape ``(N,)``, zero for a sample without a token."""
+    labels = kwargs.get(which) if isinstance(which, str) else next(iter(args[which:]), None)
+    if not isinstance(labels, Tensor) or not labels.dim():
+        raise InvalidArgumentError(f"token_weights found no labels: the model has no argument {which!r}.")
+    counted = labels if labels.dim() == 1 else labels[:, shift:].flatten(1)
+    tokens = (counted != ignore_index).to(torch.get_default_dtype())
+    tokens = tokens if labels.dim() == 1 else tokens.sum(1)
+    items = kwargs.get(divided_by)
+    return tokens / (tokens.sum() if items is None else items)
