@@ -3,11 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .core.per_layer_curvature import (
-    get_layer_curvature_stats,
-    per_layer_fisher_diagonal,
-    per_layer_hessian_diagonal,
-)
+from .core.per_layer_curvature import get_layer_curvature_stats, per_layer_fisher_diagonal, per_layer_hessian_diagonal
 from .errors import (
     AttributionError,
     CouplingError,

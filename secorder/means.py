@@ -56,9 +56,7 @@ def weighted_mean(diagonals: Iterable[Diagonals], weights: Iterable[float] | Non
 
 
 def mean_over_ranks(
-    diagonals: Diagonals | Callable[[], Diagonals],
-    weight: float,
-    group: "torch.distributed.ProcessGroup | None" = None,
+    diagonals: Diagonals | Callable[[], Diagonals], weight: float, group: "torch.distributed.ProcessGroup | None" = None
 ) -> Diagonals:
     """``Σ_r w_r D_r / Σ_r w_r`` over the ranks: the diagonal of the whole batch from those of its parts.
 

@@ -944,11 +944,7 @@ class CurvatureProbe:
     # ---- watching
 
     def summary(
-        self,
-        hessian: Mapping[str, Tensor] | None = None,
-        *,
-        sort_by: "SortKey | None" = None,
-        depth: int | None = None,
+        self, hessian: Mapping[str, Tensor] | None = None, *, sort_by: "SortKey | None" = None, depth: int | None = None
     ) -> "Report":
         """The table of layers: ``rich.print(probe.summary())``, or ``print``.
 

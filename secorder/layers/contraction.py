@@ -161,12 +161,7 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha
 
 
 def _accumulate_products(
-    total: Tensor,
-    a: Tensor | Patches,
-    gu: Tensor,
-    gv: Tensor | None,
-    alpha: float,
-    keep: Tensor | None,
+    total: Tensor, a: Tensor | Patches, gu: Tensor, gv: Tensor | None, alpha: float, keep: Tensor | None
 ) -> None:
     """Add α Σ_n (Σ_p gu aᵀ) ⊙ (Σ_p gv aᵀ) to ``total``, forming a few samples and rows of the parameter at a time."""
     budget = chunk_elements(gu.device)

@@ -24,16 +24,7 @@ from .contraction import CONVOLUTION_ELEMENTS, alike
 from .grams import gram_by_onednn, pixel_grams, pixels, row_grams
 from .low_precision import rounded
 from .patches import Patches, matrix_products, whole_input
-from .per_sample import (
-    Outer,
-    PerSample,
-    Rows,
-    chunk_elements,
-    distinct_rows,
-    in_rows,
-    sum_in_forms,
-    total_gradient,
-)
+from .per_sample import Outer, PerSample, Rows, chunk_elements, distinct_rows, in_rows, sum_in_forms, total_gradient
 
 __all__ = ["squared_norm_of_sum", "squared_norms"]
 

@@ -38,11 +38,7 @@ class OneByOne:
     Without norms of the factors squares are formed, as :meth:`add_to` needs them.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[RankOne],
-        norms: Sequence[FactorNorms] | None = None,
-    ) -> None:
+    def __init__(self, layers: Sequence[RankOne], norms: Sequence[FactorNorms] | None = None) -> None:
         self._layers = layers
         self._goods: Tensor | None = None
         self._sums: Tensor | None = None

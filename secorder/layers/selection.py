@@ -14,14 +14,7 @@ from .._arguments import like, listed, shown
 from .._torch.collectives import has_ranks
 from .._torch.differentiability import can_be_trained
 from .._torch.fsdp import flattens_parameters, fsdp_mesh_dims, sharded_by_gathered
-from .._torch.modules import (
-    holds,
-    is_scripted,
-    modules_in,
-    own_parameters,
-    own_tensors,
-    parameters_with,
-)
+from .._torch.modules import holds, is_scripted, modules_in, own_parameters, own_tensors, parameters_with
 from .._torch.sparse import gives_sparse_gradients
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..parallel import tensor_parallel

@@ -151,10 +151,7 @@ class Diagnosis:
 
 
 def find(
-    hessian: Diagonals,
-    statistics: dict[str, dict[str, dict[str, float]]],
-    samples: int,
-    coupled: CouplingError | None,
+    hessian: Diagonals, statistics: dict[str, dict[str, dict[str, float]]], samples: int, coupled: CouplingError | None
 ) -> list[Finding]:
     """What stands out, the model's before its layers'; a mean loss makes the Hessian a sum over ``samples`` = 1."""
     curved, gathered = statistics["hessian"], without_tables(statistics.get("fisher", {}), hessian)

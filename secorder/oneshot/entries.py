@@ -122,13 +122,7 @@ class Entries:
         operand = self._operands.setdefault(key, _Operand(self._calls, index, tensor, key[1]))
         operand.uses.append((results[0].grad_fn, results[0].output_nr, results[0].shape, *aligned))
 
-    def independent(
-        self,
-        inner_sizes: InnerSizes,
-        count: int,
-        order: Tensor,
-        run: Callable[["Replay"], None],
-    ) -> bool:
+    def independent(self, inner_sizes: InnerSizes, count: int, order: Tensor, run: Callable[["Replay"], None]) -> bool:
         """Whether each operand's rows belong to the samples that the graph has there.
 
         ``run`` runs the model under what it is given, on samples exchanged so that place n holds sample ``order[n]``.

@@ -173,11 +173,7 @@ class Traced:
         return output
 
     def follows(
-        self,
-        inputs: Any,
-        inner_sizes: InnerSizes,
-        order: Tensor,
-        exchanged: Callable[[Tensor], Tensor],
+        self, inputs: Any, inner_sizes: InnerSizes, order: Tensor, exchanged: Callable[[Tensor], Tensor]
     ) -> bool:
         """Whether the graph, and what enters it without a gradient, show each output to depend on its sample alone.
 

@@ -30,13 +30,7 @@ Quantity = Literal["hessian", "trace", "eigenvalues", "fisher"]
 _FIRST = 10
 
 
-def quantity_cost(
-    task: Measurement,
-    quantity: Quantity,
-    budget: Budget,
-    asked: Asked,
-    ends: Ends,
-) -> Cost:
+def quantity_cost(task: Measurement, quantity: Quantity, budget: Budget, asked: Asked, ends: Ends) -> Cost:
     """What a measurement would take, layer by layer."""
     require_one_of("quantity", quantity, get_args(Quantity))
     if quantity in ("hessian", "trace"):

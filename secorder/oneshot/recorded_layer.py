@@ -228,10 +228,7 @@ def _agrees(z: RecordedLayer, layouts: Sequence[Layout], found: dict[int, int | 
 
 
 def settle_layouts(
-    task: Measurement,
-    model_outputs: Sequence[Tensor],
-    layers: Sequence[RecordedLayer],
-    mixture: Tensor,
+    task: Measurement, model_outputs: Sequence[Tensor], layers: Sequence[RecordedLayer], mixture: Tensor
 ) -> dict[int, Tensor]:
     """Enter into every layer the first layout under which its rows are found to be samples, or none.
 

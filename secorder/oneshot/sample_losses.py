@@ -280,11 +280,7 @@ def _products(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
 
 
 def _close(
-    found: Sequence[Tensor],
-    expected: Sequence[Tensor],
-    scale: Tensor,
-    kind: torch.dtype,
-    factor: Tensor | float = 1.0,
+    found: Sequence[Tensor], expected: Sequence[Tensor], scale: Tensor, kind: torch.dtype, factor: Tensor | float = 1.0
 ) -> bool:
     """Equal to rounding of each row, or of losses of size one: of a probability near one, little is left."""
     size = _largest(expected)[:, None]

@@ -144,11 +144,7 @@ def _squares(
 
 
 def _weighted_and_audited(
-    fisher: OnlineFisher,
-    record: ForwardRecord,
-    layer: Layer,
-    gradients: Mapping[str, PerSample],
-    calls: Sequence[Call],
+    fisher: OnlineFisher, record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample], calls: Sequence[Call]
 ) -> tuple[Mapping[str, PerSample], Mapping[str, Tensor]]:
     """A layer's per-sample gradients as they are weighted, whose norms are taken; the audit's numbers, by parameter."""
     products = _tell(fisher, record, layer, gradients, [g for _, g in calls])

@@ -120,10 +120,7 @@ def _may_be_stacked(fisher: OnlineFisher, record: ForwardRecord, layers: Sequenc
 
 
 def _frame(
-    fisher: OnlineFisher,
-    layers: Sequence[RankOne],
-    vectors: Sequence[Vectors | None] | None,
-    flags: Sequence[float],
+    fisher: OnlineFisher, layers: Sequence[RankOne], vectors: Sequence[Vectors | None] | None, flags: Sequence[float]
 ) -> Frame | None:
     """The frame of small layers whose factors go side by side; None where they cannot."""
     weights = [one.layer.parameters["weight"] for one in layers]

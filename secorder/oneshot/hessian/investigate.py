@@ -108,11 +108,7 @@ def differentiate(task: Measurement, found: Findings) -> None:
 
 
 def attached(
-    task: Measurement,
-    recording: Recording,
-    forward: Callable[[Any], Any] | None = None,
-    *,
-    with_gradients: bool = True,
+    task: Measurement, recording: Recording, forward: Callable[[Any], Any] | None = None, *, with_gradients: bool = True
 ) -> tuple[Findings, Any, Tensor]:
     """Run the model once (by ``forward``), and find out which layers are used, and which by their recorded calls alone.
 

@@ -65,8 +65,7 @@ def add_shared(fisher: OnlineFisher, backward: Backward, records: Sequence[Forwa
     """Add what a penalty adds to the squares of each layer, whose gradient is a part of each sample's."""
     if len(records) > 1 or any(record.weights is not None for record in records):
         fisher.troubles.mark(
-            fisher.sums,
-            'penalty="shared" goes with one forward for each backward, and with reduction="mean" or "sum".',
+            fisher.sums, 'penalty="shared" goes with one forward for each backward, and with reduction="mean" or "sum".'
         )
         return
     for record in records:

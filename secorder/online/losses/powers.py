@@ -18,16 +18,7 @@ from torch import Tensor
 
 from ..._torch.graph import Node, operation_of, run_node, shape_of
 from ..._torch.loss_graph import Place, UnknownNode, pull_back
-from ..._torch.loss_terms import (
-    averaged,
-    divides_by_tensor,
-    hides,
-    multiplier,
-    ones_for,
-    selected,
-    summed,
-    uniform,
-)
+from ..._torch.loss_terms import averaged, divides_by_tensor, hides, multiplier, ones_for, selected, summed, uniform
 from .extent import ADDS, copies, in_pieces, mixes, of_a_part, of_several, over_samples, samples_of
 from .seen import SeenLoss
 

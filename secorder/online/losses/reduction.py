@@ -124,11 +124,7 @@ def weights_of(function: Weights, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 
 def token_weights(
-    labels: str | int = "labels",
-    *,
-    ignore_index: int = -100,
-    shift: int = 0,
-    items: str = "num_items_in_batch",
+    labels: str | int = "labels", *, ignore_index: int = -100, shift: int = 0, items: str = "num_items_in_batch"
 ) -> Weights:
     """The weights c_n of a loss that is a mean over tokens, from labels that the model is called with.
 

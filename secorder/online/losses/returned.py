@@ -103,13 +103,7 @@ class _Losses(NamedTuple):
 
 
 def _reasons(
-    reduction: Any,
-    run: Run,
-    take: Callable[[Tensor], tuple[Any, Any]],
-    ids: Tensor,
-    *,
-    divided: bool,
-    by_tokens: bool,
+    reduction: Any, run: Run, take: Callable[[Tensor], tuple[Any, Any]], ids: Tensor, *, divided: bool, by_tokens: bool
 ) -> dict[Beside, str]:
     """:func:`not_as_specified`, of some samples, for which ``take`` gives the model's arguments.
 

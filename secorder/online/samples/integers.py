@@ -33,13 +33,7 @@ class ChangedIntegers(TorchFunctionMode):
     """
 
     def __init__(
-        self,
-        mask: Tensor,
-        rows: Mapping[Tensor, tuple[Tensor, int]],
-        dim: int,
-        *,
-        alike: bool,
-        unchanged: bool = False,
+        self, mask: Tensor, rows: Mapping[Tensor, tuple[Tensor, int]], dim: int, *, alike: bool, unchanged: bool = False
     ) -> None:
         super().__init__()
         self._mask, self._dim, self._alike, self._unchanged = mask, dim, alike, unchanged

@@ -20,13 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from ..._torch.fsdp import local
-from ..._torch.modules import (
-    batch_normalisation,
-    buffer_places,
-    is_scripted,
-    observe_nothing,
-    observers,
-)
+from ..._torch.modules import batch_normalisation, buffer_places, is_scripted, observe_nothing, observers
 from ..._torch.pytree import map_tensors, once_each, tensors_in
 from ..._torch.surroundings import attention_kernels
 from ..._torch.versions import version
