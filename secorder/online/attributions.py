@@ -182,6 +182,7 @@ class Attributions:
             if layer.strategy != by_name.get(layer.name, layer).strategy or any(
                 explain(calls, now.place, now.shape, now.arguments, now.num_samples) not in (None, now.layout)
                 for now in after.known.get(layer.name, ())
+                if now.layout is not None
             ):
                 moved.append(layer.name)
         return moved

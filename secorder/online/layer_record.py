@@ -95,7 +95,8 @@ class ModuleCall:
     tensors: tuple[Tensor, ...] = ()  #: the tensors of the arguments
     #: dL/d(output tensor), None where the loss does not depend on it
     gradients: list[Tensor | None] = field(default_factory=list)
-    layouts: list[Layout] = field(default_factory=list)  #: where each output tensor's samples are
+    #: where each output tensor's samples are, None for one of no samples
+    layouts: list[Layout | None] = field(default_factory=list)
     #: the dtype of the fewest digits in which it computed when it ran again
     computed_in: torch.dtype | None = None
 
@@ -107,8 +108,9 @@ class LayerRecord:
     starts: tuple[Start, ...] = ()  #: how the enclosing module's calls that are running were started
     uses: Uses | None = None  #: the operations that its parameters meet the samples in, until they are hooked
     unfollowed: bool = False  #: whether these could not be followed in this forward
-    #: where the samples are in each call's outputs; decided when the forward has ended, none where unknown
-    layouts: Sequence[Sequence[Layout]] = ()
+    #: where the samples are in each call's outputs; decided when the forward has ended, none where unknown. None is
+    #: for an output of the model that has none of them, beside others, where the model runs again
+    layouts: Sequence[Sequence[Layout | None]] = ()
     replaced: bool = False  #: whether the whole model runs again for it: what its own calls bring is not to be counted
     troubled: bool = False  #: whether it is marked, so that nothing more is done for it
     without_gradient: bool = False  #: whether it ran with nothing to differentiate

@@ -271,7 +271,9 @@ def _settle_together(attachment: "Attachment", ranks: Ranks, record: ForwardReco
 
 def _may_be_told(fisher: OnlineFisher, found: Attribution, layers: Sequence[Layer]) -> bool:
     """Whether another verification may tell of layers: of one that is not refused anyway, nor sought in vain."""
-    in_vain = {x.name for x in layers if x.name in found.unknown and x.enclosing is fisher.model} | found.not_linear
+    nowhere = not found.closed or all(layout is None for layout in found.outputs)
+    untold = [x.name for x in layers if x.name in found.unknown and x.enclosing is fisher.model]
+    in_vain = found.not_linear | {name for name in untold if nowhere or found.sharing(name)}
     return any(x.name not in in_vain and x.name not in fisher.troubles.marks for x in layers)
 
 
@@ -304,20 +306,21 @@ def _explain(record: ForwardRecord, attribution: Attribution) -> list[Layer]:
     return unexplained
 
 
-def _layouts(record: ForwardRecord, attribution: Attribution, layer: Layer) -> list[list[Layout]] | None:
+def _layouts(record: ForwardRecord, attribution: Attribution, layer: Layer) -> list[list[Layout | None]] | None:
     """Where the samples are in each output of a layer's calls; None where that is not known of some."""
     name, own = layer.name, record.layers[layer.name]
     known = () if name in attribution.outside | attribution.unknown else attribution.known.get(name, ())
+    if own.uses is not None:
+        found = explain_uses(record, own.uses, known)
+        return None if any(None in row for row in found) else found
     indices = itertools.count()
-    found = (
-        explain_uses(record, own.uses, known)
-        if own.uses is not None
-        else [
-            [explain(known, next(indices), shape, record.shapes, record.num_samples) for shape in shapes]
-            for shapes in own.calls
-        ]
-    )
-    return None if any(None in row for row in found) else [[x for x in row if x is not None] for row in found]
+    found = [
+        [explain(known, next(indices), shape, record.shapes, record.num_samples) for shape in shapes]
+        for shapes in own.calls
+    ]
+    nowhere = {seen.place for seen in known if seen.layout is None}
+    told = [x for place, x in enumerate(itertools.chain(*found)) if place not in nowhere]
+    return found if told and None not in told else None
 
 
 def _fall_back(
@@ -347,15 +350,17 @@ def _fall_back(
     calls = record.layers[record.fallback[0].name].calls
     outputs = calls[0] if calls else ()
     layouts = [_output_layout(found, i, shape, record) for i, shape in enumerate(outputs)]
-    if any(layout is None for layout in layouts):
+    if all(layout is None for layout in layouts):
         fisher.troubles.leave_out(record, [x.name for x in able], _no_dimension(record, able[0]))
         return
     for layer in record.fallback:
-        record.layers[layer.name].layouts = [[x for x in layouts if x is not None]]
+        record.layers[layer.name].layouts = [layouts]
 
 
 def _output_layout(found: Attribution, index: int, shape: Shape, record: ForwardRecord) -> Layout | None:
     """Where samples are in an output of the model: verified by this batch."""
+    if not found.closed:
+        return None
     if record.num_samples == 1:
         return whole_call(shape)
     return found.outputs[index] if index < len(found.outputs) else None

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -156,7 +156,8 @@ class _UseGradient:
             return
         self.came = True
         record.note_digits(every.kind, [g.dtype for g in given])
-        call = OperationCall(current_node(), cotangents, own.layouts[self.index], record.num_samples, every.kind)
+        layouts: Any = own.layouts[self.index]
+        call = OperationCall(current_node(), cotangents, layouts, record.num_samples, every.kind)
         several = len(own.calls) > 1
         found = brought(call, self.sources, every.leaves, every.followed, self.targets if several else None)
         if isinstance(found, Later):  # what a weight's gradient is made of was saved in the graph: a bias's is not

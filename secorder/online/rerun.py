@@ -56,7 +56,11 @@ def rerun_gradients(
 
 
 def _run_again(isolated: IsolatedModel, layer: Layer, call: ModuleCall) -> list[End]:
-    """One call, run again: the outputs that the loss depends on."""
+    """One call, run again: the outputs of samples that the loss depends on.
+
+    What comes to others, such as the loss of a model that returns it, is what comes through these; that nothing else
+    does is for the audit to see.
+    """
     rest = iter(call.tensors)
     arguments = map_tensors(lambda _: next(rest), call.arguments)
     before = get_random_state(())
@@ -74,7 +78,10 @@ def _run_again(isolated: IsolatedModel, layer: Layer, call: ModuleCall) -> list[
     ends = [
         (f, g, layout)
         for i, (f, g, layout) in enumerate(zip(tensors, call.gradients, call.layouts, strict=True))
-        if g is not None and f.requires_grad and not any(f is other for other in tensors[:i])  # what is returned twice
+        if g is not None
+        and layout is not None
+        and f.requires_grad
+        and not any(f is other for other in tensors[:i])  # what is returned twice
     ]
     call.computed_in = least_precise([f for f, _, _ in ends]) if ends else None
     return _from_outside(ends) if len(ends) > 1 else ends

@@ -15,6 +15,7 @@ from secorder import CurvatureProbe, CurvatureWarning
 
 from ..helpers import Doubled, Net, data, make, reference, step
 from ..reference import assert_all_close
+from .loops import follow
 
 
 def test_frozen_layer_without_gradient_is_measured_by_the_module_around_it() -> None:
@@ -168,3 +169,65 @@ def test_a_model_that_is_run_again_in_one_batch_draws_what_it_drew(draw: Callabl
         found = probe.fisher_diagonal().by_parameter()
     for name in ("first.weight", "first.bias"):
         assert_all_close({name: found[name]}, {name: sum(x[name] for x in expected) / len(expected)})
+
+
+class Pages(nn.Module):
+    """Leaves blank pages out, as data tells, before a layer, and returns the loss, or what it computes by, beside."""
+
+    def __init__(self, returned: str, *, put_back: bool = True) -> None:
+        super().__init__()
+        self.returned, self.put_back = returned, put_back
+        self.page, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+        kept = x.flatten(1).any(1)
+        pages = torch.tanh(self.page(x[kept]))
+        mask = kept[:, None, None].expand(-1, x.shape[1], 6)
+        states = x.new_zeros(mask.shape).masked_scatter(mask, pages) if self.put_back else pages
+        logits = self.head(states.mean(1))
+        loss = nn.functional.cross_entropy(logits, y)
+        if "penalised" in self.returned:
+            loss = loss + pages.square().mean()
+        beside = {"pages": pages, "list": tuple(states.unbind())}
+        return {
+            "logits": logits,
+            **({"loss": loss} if "loss" in self.returned else {}),
+            **{name: found for name, found in beside.items() if name in self.returned},
+        }
+
+
+def _pages(model: nn.Module, batch: Any) -> Tensor:
+    output = model(*batch)
+    return output["loss"] if "loss" in output else nn.functional.cross_entropy(output["logits"], batch[1])
+
+
+def _of_pages(*counts: int) -> list[Any]:
+    return [(torch.randn(n, 5, 4), torch.randint(3, (n,))) for n in counts]
+
+
+@pytest.mark.parametrize("returned", ["loss", "loss, pages", "pages", "list", "loss, list"])
+@pytest.mark.parametrize("put_back", [True, False])
+def test_outputs_of_no_samples_beside_those_of_a_model_that_runs_again(returned: str, put_back: bool) -> None:
+    """The loss that a model returns, and what it computes its other outputs by, take no part: these tell all."""
+    came = follow(Pages(returned, put_back=put_back), _of_pages(3, 4, 3, 3, 3, 5), _pages)
+    assert came.exact
+    assert came.probe is not None
+    assert came.probe.fisher_diagonal().info["page"].measured_by == "rerun"
+
+
+def test_it_is_not_looked_for_samples_in_each_batch_where_outputs_tell_them() -> None:
+    model, calls = Pages("loss, list"), []
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    batches = _of_pages(*[3] * 8)
+    with CurvatureProbe(model, "all", reduction="mean"):
+        for batch in batches[:-1]:
+            _pages(model, batch).backward()
+        calls.clear()
+        _pages(model, batches[-1]).backward()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("returned", ["penalised loss", "penalised loss, pages", "penalised loss, list"])
+def test_a_loss_that_is_made_of_more_than_the_other_outputs_is_refused(returned: str) -> None:
+    came = follow(Pages(returned), _of_pages(3, 4, 3, 5), _pages)
+    assert "page" in came.refused.keys() | came.left_out.keys()

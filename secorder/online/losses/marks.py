@@ -52,7 +52,8 @@ class _Call(NamedTuple):
         layouts = () if record is None else record.layers[self.name].layouts
         if record is None or self.call >= len(layouts) or self.position >= len(layouts[self.call]):
             return None
-        layout = _seen_as(layouts[self.call][self.position], *self.shapes, record.num_samples)
+        own = layouts[self.call][self.position]
+        layout = None if own is None else _seen_as(own, *self.shapes, record.num_samples)
         return None if layout is None else Output(layout, 1.0, record.num_samples)
 
 

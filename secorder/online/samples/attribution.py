@@ -31,6 +31,9 @@ class Attribution:
     known: Mapping[str, tuple[Verified, ...]] = field(default_factory=dict)  #: by layer, the calls that were verified
     #: for each of the model's outputs in this batch, where the samples are in it
     outputs: tuple[Layout | None, ...] = ()
+    closed: bool = (
+        True  #: whether a number beside, such as a loss, is made of those that have samples, and of nothing else
+    )
     unknown: frozenset[str] = frozenset()  #: layers of whose calls no dimension was found to hold the samples
     #: those of them whose gradients are not in proportion to those on the model's outputs; see :mod:`.linear_backward`
     not_linear: frozenset[str] = frozenset()
@@ -67,7 +70,7 @@ class Attribution:
     #: whether modules carry something from one forward to the next; see :mod:`secorder.online.carried`
     carries: bool = False
     #: what was made of calls that came, by layer, shapes of the arguments, samples, and the calls' shapes
-    explained: dict[tuple[Any, ...], list[list[Layout]] | None] = field(default_factory=dict, compare=False)
+    explained: dict[tuple[Any, ...], list[list[Layout | None]] | None] = field(default_factory=dict, compare=False)
 
     @cached_property
     def by_operations(self) -> bool:

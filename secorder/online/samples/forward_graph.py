@@ -1,6 +1,6 @@
 """The autograd graph of the one forward that a look differentiates, and what it tells by itself."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from ..._torch.graph import Node, Users, users_of
 from ..._torch.pytree import tensors_in
 from ..._torch.sample_graph import InnerSizes, samples_in_nodes
 from ..._torch.saved_tensors import keeps_arguments
+from ..._torch.views import lasting_place
 from ...layers.layout import Layout
 from ...oneshot.recording import is_watch
 from .hypotheses import floating
@@ -66,12 +67,21 @@ class ForwardGraph:
         return users_of(tensors_in(self.output))
 
     @cached_property
-    def beside(self) -> Collection[Node]:
+    def beside(self) -> Set[Node]:
         """What only outputs without samples depend on, such as a loss that the model returns: no cotangent tells it."""
         ends = {id(f) for f, _ in self.ends}
         if not ends or all(id(t) in ends for t in tensors_in(self.output) if t.requires_grad):
             return frozenset()
         return self.users.keys() - users_of([f for f, _ in self.ends]).keys()
+
+    @cached_property
+    def closed(self) -> bool:
+        """Whether numbers beside, such as a loss that the model returns, are made of the ends and constants alone."""
+        places = {place for f, _ in self.ends for place in (lasting_place(f), (f.grad_fn, f.output_nr))}
+        numbers = [t for t in tensors_in(self.output) if t.numel() == 1 and (t.grad_fn, t.output_nr) not in places]
+        beside = self.beside & users_of(numbers, [f for f, _ in self.ends]).keys() if numbers else ()
+        leads_to = [edge for node in beside for edge in node.next_functions or ((node, 0),)]
+        return all(x in places or x[0] is None or (x[0] in beside and x[0].next_functions) for x in leads_to)
 
     @cached_property
     def added(self) -> set[Node]:

@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 class Verified(NamedTuple):
     """One output of a call whose samples were found, and the arguments of the model that it belongs to."""
 
-    layout: Layout  #: where the samples are in it
+    layout: Layout | None  #: where the samples are in it; None for an output of the model that has none, beside others
     place: int | str  #: of it among all that the layer's calls returned in one forward; for operations, the way to it
     shape: Shape  #: of the output
     arguments: tuple[Shape, ...]  #: shapes of the tensors among the model's arguments
@@ -41,15 +41,15 @@ def explain(
 
 
 def _explained(seen: Verified, shape: Shape, arguments: tuple[Shape, ...], num_samples: int) -> Layout | None:
-    layout, dim = seen.layout, seen.layout.dim
-    if len(shape) != len(seen.shape) or len(shape) <= dim:
+    layout = seen.layout
+    if layout is None or len(shape) != len(seen.shape) or len(shape) <= (dim := layout.dim):
         return None
     if arguments == seen.arguments:
         return layout if shape == seen.shape and num_samples == seen.num_samples else None
     if layout.rows == 1:
         return layout if shape[dim] == num_samples else None
     rows, rest = divmod(shape[dim], num_samples)
-    if rest or rows not in _rows(seen, arguments):
+    if rest or rows not in _rows(layout.rows, seen.arguments, arguments):
         return None
     return layout._replace(rows=rows, sample_major=layout.sample_major or rows == 1)  # of one row, in either order
 
@@ -59,14 +59,12 @@ def whole_call(shape: Shape) -> Layout | None:
     return Layout(0, shape[0]) if shape else None
 
 
-def _rows(seen: Verified, arguments: tuple[Shape, ...]) -> Iterator[int]:
+def _rows(told: int, then: tuple[Shape, ...], arguments: tuple[Shape, ...]) -> Iterator[int]:
     """How many rows a sample may have: as many as before, or as the sizes tell that were behind the number before."""
-    yield seen.layout.rows
-    for before, now in zip(seen.arguments, arguments, strict=False):
+    yield told
+    for before, now in zip(then, arguments, strict=False):
         if len(before) == len(now):
-            yield from (
-                size for was, size in zip(_products(before), _products(now), strict=True) if was == seen.layout.rows
-            )
+            yield from (size for was, size in zip(_products(before), _products(now), strict=True) if was == told)
 
 
 def _products(shape: Sequence[int]) -> Iterator[int]:

@@ -20,7 +20,7 @@ from ..._torch.graph import Node
 from ..._torch.own_hooks import outputs_seen
 from ..._torch.pytree import tensors_in
 from ...layers.selection import Layer
-from .hypotheses import Hypothesis, Trial
+from .hypotheses import Hypothesis, Trial, floating
 
 #: What was selected, the latest last: by which indices, or None for what no inverse is known of.
 State = tuple[Tensor | None, ...]
@@ -71,17 +71,18 @@ def unowned_arguments(arguments: Any, hypothesis: Hypothesis) -> list[bool]:
     ]
 
 
-def layers_of_routed_rows(layers: Sequence[Layer], trial: Trial) -> set[str]:
-    """Names of layers whose enclosing module returns rows that no shape tells the samples of.
+def routed_outputs(layers: Sequence[Layer], trial: Trial) -> dict[str, set[int]]:
+    """By layer, which of the tensors that its enclosing module returns have rows that no shape tells the samples of.
 
     The trial's forward calls its second argument with the copies of the arguments that the model gets.
     """
-    found: set[str] = set()
+    found: dict[str, set[int]] = {}
     routes = _Routes(trial)
 
     def see(name: str, output: Any) -> None:
-        if any(routes.states.get(t) for t in tensors_in(output)):
-            found.add(name)
+        routed = {i for i, t in enumerate(floating(output)) if routes.states.get(t)}
+        if routed:
+            found.setdefault(name, set()).update(routed)
 
     with outputs_seen([(layer.name, layer.enclosing) for layer in layers], see), torch.no_grad(), routes:
         trial.forward(trial.arguments, routes.begin)

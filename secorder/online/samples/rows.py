@@ -33,7 +33,7 @@ class Rows:
     """Whose the rows are of layers' calls, or of the operations that their parameters meet the samples in."""
 
     #: by layer, the layout, the place and the shape of each output
-    known: dict[str, list[tuple[Layout, int | str, Shape]]] = field(default_factory=dict)
+    known: dict[str, list[tuple[Layout | None, int | str, Shape]]] = field(default_factory=dict)
     unknown: set[str] = field(default_factory=set)  #: layers of which it could not be told
     reached: set[str] = field(default_factory=set)  #: layers that the model's output depends on
     blank: set[str] = field(default_factory=set)  #: layers of which an output got no gradient, though it might

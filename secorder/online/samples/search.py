@@ -42,7 +42,7 @@ from .hypotheses import Hypothesis, SampleDim, Trial, floating, shapes_of
 from .linear_backward import not_linear
 from .outside import share_parameters, uses_outside, without_gradient
 from .relation import Verified
-from .routes import layers_of_routed_rows, unowned_arguments
+from .routes import routed_outputs, unowned_arguments
 from .rows import Rows, rows_of_layers
 from .sample_dimension import Choice, Question, choose
 from .slower import by_operations, slower_of
@@ -52,6 +52,8 @@ _USED_UP = (
     "the model is called with an iterator, which running the model once more to see where samples are would use up: "
     "call it with what that yields, or attach the probe to the part that is called with tensors"
 )
+
+_EMPTY_RANK = "a rank has no samples in a verification batch: under fully_shard every rank needs some."
 
 _NESTED = (
     "the model is called with a nested tensor, which has no dimension that samples could be found in: call it with a "
@@ -211,34 +213,53 @@ def _attribute(
                 return replace(choice, changing=changing), None
             hypothesis, options = choice
             if ranks is not None and ranks.any(hypothesis.num_samples == 0):
-                raise InvalidArgumentError(
-                    "a rank has no samples in a verification batch: under fully_shard every rank needs some."
-                )
-            leaves = [leaf for z in seen for leaf in z.leaves]
+                raise InvalidArgumentError(_EMPTY_RANK)
             hooked = watched.hooked or any(map(is_scripted, model.modules()))
-            graph = ForwardGraph(output, options, hypothesis.num_samples, hooked, leaves)
-            inside = [x for x in layers if x.enclosing is not model]
+            graph = ForwardGraph(output, options, hypothesis.num_samples, hooked, [t for z in seen for t in z.leaves])
             outside = set() if ranks is not None else uses_outside(isolated, layers, graph.users)
-            outside |= {x.name for x in inside if x.name in recording.watch.differentiated}
+            outside |= {x.name for x in layers if x.enclosing is not model} & set(recording.watch.differentiated)
             trial = Trial(forward, arguments, hypothesis)
-            found = rows_of_layers(seen, layers, trial, graph, ranks)
+            rest = [x for x in layers if x.rule is not None or x.enclosing is not model or not graph.ends]
+            found = rows_of_layers([z for z in seen if z.layer in rest], rest, trial, graph, ranks)
             if found is None:
                 return Attribution(dims=hypothesis.dims, coupled=True, changing=changing), None
         routable = _may_route(asked, every, watched.selections, hypothesis)
-        routed = layers_of_routed_rows(layers, trial) if routable and layers else set()
+        routed = routed_outputs(layers, trial) if routable and layers else {}
+        found.unknown |= {x.name for x in rest} & routed.keys()
+        closed = _of_the_model([x for x in layers if x not in rest], trial, graph, routed, found)
         uses = _uses(asked, operated, layers, isolated, trial, graph, routable)
         coupled = _coupling(asked, trial, graph, beside) if chosen is None else frozenset()
         attribution = _concluded(asked, hypothesis, options, found, uses)
         bent = _not_linear(asked, isolated, trial, graph, seen, operated)
     return replace(
         attribution,
-        unknown=attribution.unknown | routed | bent,
+        unknown=attribution.unknown | bent,
         not_linear=bent,
         outside=frozenset(outside),
         changing=changing,
         selections=watched.selections,
         coupling=coupled,
+        closed=closed,
     ), choice
+
+
+def _of_the_model(
+    layers: Sequence[Layer], trial: Trial, graph: ForwardGraph, routed: Mapping[str, Collection[int]], found: Rows
+) -> bool:
+    """Enter layers for which the whole model runs again: samples are where they are in its outputs, if these tell all.
+
+    What comes to an output that has none (the loss), or whose rows depend on data, is to come through the others.
+    """
+    closed, outputs = (_whole_graph(trial, graph) if layers else graph).closed, floating(graph.output)
+    for layer in layers:
+        data = routed.get(layer.name, ())
+        told = [o[0] if o and closed and i not in data else None for i, o in enumerate(graph.options)]
+        if told.count(None) < len(told):
+            found.known[layer.name] = [(x, i, tuple(outputs[i].shape)) for i, x in enumerate(told)]
+            found.reached.add(layer.name)
+        else:
+            found.unknown.add(layer.name)
+    return closed
 
 
 def _not_linear(

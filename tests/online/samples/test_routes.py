@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secorder.layers.selection import select_layers
 from secorder.online.samples.hypotheses import Hypothesis, Trial
-from secorder.online.samples.routes import layers_of_routed_rows
+from secorder.online.samples.routes import routed_outputs
 
 from ...helpers import Net
 
@@ -229,5 +229,5 @@ def test_layers_of_rows_that_no_shape_tells_of(forward: Callable[..., Tensor], r
         begin(arguments)
         return model(*arguments[0])
 
-    found = layers_of_routed_rows(select_layers(model), Trial(run, ((x,), {}), Hypothesis((0,), 6)))
-    assert found == routed
+    found = routed_outputs(select_layers(model), Trial(run, ((x,), {}), Hypothesis((0,), 6)))
+    assert found == {name: {0} for name in routed}
