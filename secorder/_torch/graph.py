@@ -157,9 +157,12 @@ def current_node() -> Node:
 
 
 def saved(node: Node, name: str) -> Any:
-    """What a node has saved from forward for its backward; a tensor without its history."""
+    """What a node has saved from forward for its backward; a tensor without its history.
+
+    A number, which to a dispatch mode is no tensor, is not touched.
+    """
     found = getattr(node, f"_saved_{name}")
-    return found.detach() if isinstance(found, Tensor) else found
+    return found.detach() if isinstance(found, Tensor) and found.requires_grad else found
 
 
 def signed(number: int) -> int:

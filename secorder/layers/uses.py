@@ -46,7 +46,9 @@ class Targets(NamedTuple):
 
 
 #: Operations that do nothing but put the elements of a parameter elsewhere.
-MOVES = frozenset(MAPS) - {"AddBackward0", "SubBackward0", "EmbeddingBackward0", "IndexBackward0"}
+MOVES = frozenset(MAPS) - {
+    "AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "EmbeddingBackward0", "IndexBackward0",
+}  # fmt: skip
 
 #: Operations that are followed from one layer's parameters, at most.
 MOST = 400

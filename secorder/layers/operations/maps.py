@@ -1,9 +1,11 @@
 """What leads from a parameter to an operation: its transpose carries each sample's gradient on."""
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..._torch.graph import Node, saved, signed
+from ..dtypes import cast
 from ..per_sample import Outer, PerSample, Rows
 from .registry import parameter_map
 from .tables import rows_of, without_padding
@@ -80,6 +82,20 @@ def plus_constant(node: Node, number: int, gradient: PerSample, shape: Shape, be
     """A number more, such as the one of 1 + w."""
     given = [i for i, (other, _) in enumerate(node.next_functions) if other is not None]
     return gradient if given == [0] and shape == before else None
+
+
+@parameter_map("MulBackward0", "DivBackward0")
+def times_constant(node: Node, number: int, gradient: PerSample, shape: Shape, before: Shape) -> PerSample | None:
+    """A multiple by what no gradient comes to: the scale or the mask of a weight, or its norm, if that is detached."""
+    first, divided = node.next_functions[0][0] is not None, node.name() == "DivBackward0"
+    if shape != before or (divided and not first):
+        return None
+    factor, times = saved(node, "other" if first else "self"), torch.div if divided else torch.mul
+    if isinstance(gradient, Tensor):
+        return cast(times(gradient, factor), gradient.dtype)
+    if isinstance(gradient, Outer) and factor.numel() == 1:
+        return gradient._replace(g=cast(times(gradient.g, factor), gradient.g.dtype))
+    return None
 
 
 @parameter_map("EmbeddingBackward0", "IndexBackward0")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._torch.graph import Users, nodes_behind, outputs_of, shape_of, users_of
+from ..._torch.graph import Node, Users, nodes_behind, outputs_of, shape_of, users_of
 from ..._torch.pytree import tensors_in
 from ..._torch.sample_graph import SHARED, InnerSizes, inner_size, samples_in_nodes
 from ..._torch.vjp import gradients, placeholder
@@ -141,7 +141,7 @@ def _uses(task: Measurement, layer: Layer, users: Users, told: InnerSizes) -> Us
     else:
         return None
     between = [node for node in uses.followed if node not in uses.leaves]
-    if any(node.name() not in MAPS for node in between) or not all(_linear(use) for use in uses.uses):
+    if not all(map(_carries_on, between)) or not all(_linear(use) for use in uses.uses):
         return None
     factors = [
         before
@@ -151,6 +151,12 @@ def _uses(task: Measurement, layer: Layer, users: Users, told: InnerSizes) -> Us
     ]
     own = {use.node for use in uses.uses} | set(uses.leaves)
     return None if any(node in own for node in nodes_behind(factors)) else uses
+
+
+def _carries_on(node: Node) -> bool:
+    """Whether an operation between a parameter and those that meet samples is linear in what comes from parameters."""
+    name, given = node.name(), [i for i, (before, _) in enumerate(node.next_functions) if before is not None]
+    return name in MAPS and (name not in FACTORS or (len(given) == 1 and given[0] != NOT_LINEAR.get(name)))
 
 
 def _linear(use: Use) -> bool:

@@ -49,6 +49,12 @@ LINEAR: dict[str, tuple[Callable[..., Tensor], dict[str, tuple[int, ...]]]] = {
     ),
     "table": (lambda m, x: x + m.w[torch.arange(T)], {"w": (T + 1, W)}),
     "convolution": (lambda m, x: F.conv1d(x.mT, m.w, m.b, padding=1).mT, {"w": (W, W, 3), "b": (W,)}),
+    "scaled": (lambda m, x: F.linear(x, m.w * 0.3, m.b / 2), {"w": (W, W), "b": (W,)}),
+    "masked": (lambda m, x: F.linear(x, torch.eye(W, dtype=x.dtype).roll(1, 0) * m.w), {"w": (W, W)}),
+    "a magnitude by a norm": (
+        lambda m, x: x * (m.w / torch.arange(1, W + 1, dtype=x.dtype) - 1) + x * (2.0 * m.w),
+        {"w": (W,)},
+    ),
     "one after the other": (lambda m, x: (x + m.a) @ torch.eye(W, dtype=x.dtype) + m.b, {"a": (W,), "b": (W,)}),
 }
 
@@ -62,6 +68,9 @@ NOT_LINEAR: dict[str, tuple[Callable[..., Tensor], dict[str, tuple[int, ...]]]] 
     "exponential": (lambda m, x: x * m.w.exp(), {"w": (W,)}),
     "two factors": (lambda m, x: x @ m.a @ m.b, {"a": (W, 2), "b": (2, W)}),
     "gate of its own": (lambda m, x: torch.sigmoid(x + m.b) * m.w, {"w": (W,), "b": (W,)}),
+    "product": (lambda m, x: F.linear(x, m.a * m.b), {"a": (W, W), "b": (W, W)}),
+    "over each other": (lambda m, x: F.linear(x, m.a / (2 + m.b)), {"a": (W, W), "b": (W, W)}),
+    "inverse": (lambda m, x: F.linear(x, 2 / (3 + m.a)), {"a": (W, W)}),
     "quotient": (lambda m, x: x / (2 + m.w), {"w": (W,)}),
 }
 
