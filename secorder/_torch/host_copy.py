@@ -1,6 +1,6 @@
 """What the host knows of a tensor without waiting, and asynchronous copies to it from an accelerator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 
-def at_hand(tensor: Tensor) -> list[Any] | None:
-    """The numbers of a tensor that is on the host anyway; None of one that the host would wait for."""
-    return tensor.tolist() if tensor.is_cpu else None
+def at_hand(numbers: Sequence[Tensor]) -> list[Any] | None:
+    """The numbers of tensors on one device without dimensions; None where the host would wait for them.
+
+    One by one, since they are few: to stack them costs more.
+    """
+    return [x.tolist() for x in numbers] if numbers[0].is_cpu else None
 
 
 def goes_to_host(tensor: Tensor, there: Tensor) -> bool:

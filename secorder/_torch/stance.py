@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,7 @@ class _Stance:
     def __init__(self) -> None:
         self.lock = threading.RLock()  # a section may go at any time
         self.inside = 0
-        self.sections: WeakSet[Any] = WeakSet()
+        self.sections: Collection[Any] = ()  # weakly, once there is any
         self.before: Any = None  # what this has taken the place of
         self.displaced: Any = None  # the same, or what lay there when someone came inside
 
@@ -40,7 +40,8 @@ class _Stance:
         section = checkpoint_section()
         if self.inside and section is not None and section not in self.sections:
             finalize(section, self.leave, 0).atexit = False
-            self.sections.add(section)
+            with self.lock:
+                self.sections = WeakSet((*self.sections, section))
         known = section is not None and section in self.sections
         return "force_eager" if self.inside or known else str(self.before.stance)
 

@@ -4,6 +4,7 @@ What is told of a layer are its squares or their sums, which are formed once, wh
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from math import isfinite
 from typing import NamedTuple
 
@@ -41,7 +42,6 @@ class OneByOne:
     def __init__(self, layers: Sequence[RankOne], norms: Sequence[FactorNorms] | None = None) -> None:
         self._layers = layers
         self._goods: Tensor | None = None
-        self._sums: Tensor | None = None
         if norms is None:
             squares, count = square_each([x.inputs for x in layers] + [x.cotangents for x in layers]), len(layers)
             self._squares = squares[:count], squares[count:]
@@ -49,23 +49,21 @@ class OneByOne:
             self._squares = [], []
             self._rows = torch.stack([x.inputs for x in norms] + [x.cotangents for x in norms]).square_()
 
-    def _sizes(self) -> Tensor:
+    @cached_property
+    def _sizes(self) -> Sequence[Tensor]:
         """The sums of the squares of each layer's inputs, then of each one's cotangents."""
-        if self._sums is None:
-            of_a, of_g = self._squares
-            self._sums = torch.stack([x.sum() for x in of_a + of_g]) if of_a else self._rows.sum(1)
-        return self._sums
+        of_a, of_g = self._squares
+        return [x.sum() for x in of_a + of_g] if of_a else self._rows.sum(1).unbind()
 
     def finite(self) -> Tensor | None:
         """Of each layer, whether all squares are finite; where they are not, :meth:`add_to` adds nothing of it.
 
         None where all are, as far as the host knows without waiting.
         """
-        sizes = self._sizes()
-        numbers = at_hand(sizes)
+        numbers = at_hand(self._sizes)
         if numbers is not None and isfinite(sum(numbers)):
             return None
-        both = sizes.view(2, -1).sum(0)
+        both = torch.stack(list(self._sizes)).view(2, -1).sum(0)
         self._goods = (both - both) == 0
         return self._goods
 
@@ -87,13 +85,10 @@ class OneByOne:
                 parts[i] = (squares[i].narrow(1, start, r.shape[0]) if squares else g.square()).sum()
             lefts.append(torch.mv(g, r))
             rights.append(torch.addmv(ones[i], a, s))
-        of_inputs, of_cotangents = self._sizes().view(2, -1).unbind()
-        if len(here) < len(ones):  # an index made of a list would be waited for
-            each = of_inputs.unbind()
-            of_inputs, with_bias = torch.stack([each[i] for i in here]), torch.stack([ones[i] for i in here])
-        if parts or len(here) < len(ones):
-            each = of_cotangents.unbind()
-            of_cotangents = torch.stack([parts.get(i, each[i]) for i in here])
+        of_inputs = torch.stack([self._sizes[i] for i in here])  # an index made of a list would be waited for
+        of_cotangents = torch.stack([parts.get(i, self._sizes[len(ones) + i]) for i in here])
+        if len(here) < len(ones):
+            with_bias = torch.stack([ones[i] for i in here])
         left, right = torch.stack(lefts), torch.stack(rights)
         sizes = torch.add(of_inputs, with_bias, alpha=right.shape[1]).mul_(of_cotangents)
         if right.shape[1] <= MANY_TERMS:

@@ -12,8 +12,8 @@ def test_only_what_leaves_an_accelerator() -> None:
 
 
 def test_at_hand_is_what_nobody_waits_for() -> None:
-    assert at_hand(torch.tensor([1.0, 2.0])) == [1.0, 2.0]
-    assert at_hand(torch.zeros(2, device="meta")) is None
+    assert at_hand([torch.tensor(1.0), torch.tensor(2.0)]) == [1.0, 2.0]
+    assert at_hand([torch.zeros((), device="meta")]) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="copies from a CUDA device")

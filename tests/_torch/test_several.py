@@ -1,8 +1,11 @@
 """Many tensors at once are as each by itself."""
 
+import pytest
 import torch
 
+from secorder._torch import several
 from secorder._torch.several import (
+    FEW,
     add_each,
     add_products,
     divide_each,
@@ -13,7 +16,9 @@ from secorder._torch.several import (
 )
 
 
-def test_each_tensor_by_itself() -> None:
+@pytest.mark.parametrize("few", [FEW, 0])
+def test_each_tensor_by_itself(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(several, "FEW", few)
     totals = [torch.ones(3), torch.ones(2, dtype=torch.float32), torch.ones(())]
     add_each(totals, [torch.arange(3.0), torch.full((2,), 0.5, dtype=torch.float32), torch.tensor(2.0)])
     divide_each(totals, [2.0, 0.5, 3.0])
