@@ -80,6 +80,8 @@ def is_traced() -> bool:
     """Whether what runs now is not computed but written down: by ``torch.export``, ``torch.jit.trace``, ``make_fx``."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
     keys, mode = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode
     return mode(keys.PROXY) is not None or mode(keys.FAKE) is not None
 

@@ -71,7 +71,6 @@ def divide_each(tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
 
 def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The norm of each tensor, of half precision in float32."""
-    if not _HALF.isdisjoint(map(_DTYPE, tensors)):
-        wide = [torch.promote_types(t.dtype, torch.float32) for t in tensors]
-        return [torch.linalg.vector_norm(t, dtype=dtype) for t, dtype in zip(tensors, wide, strict=True)]
+    if _one_by_one(tensors) or not _HALF.isdisjoint(map(_DTYPE, tensors)):
+        return [torch.linalg.vector_norm(t, dtype=torch.float32 if t.dtype in _HALF else None) for t in tensors]
     return list(torch._foreach_norm(list(tensors)))

@@ -72,7 +72,7 @@ def bring_rank_one(
         own.received = True
         keep_norms(record, RankOne(layer, a, g, []))  # nothing else is asked of its factors, nor later
     else:
-        g = g.detach()
+        g = g.detach() if g.requires_grad else g
         wait(fisher, record, RankOne(layer, a, g, versions((a, g))))
     return True
 

@@ -34,7 +34,9 @@ def test_each_tensor_by_itself(few: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [t.tolist() for t in totals] == [[0.0, 0.0, 0.0], [0.0, 0.0], 0.0]
 
 
-def test_norms_of_tensors_of_any_shape() -> None:
+@pytest.mark.parametrize("few", [FEW, 0])
+def test_norms_of_tensors_of_any_shape(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(several, "FEW", few)
     tensors = [torch.randn(3, 4), torch.randn(()), torch.randn(2, 0), torch.randn(5, dtype=torch.float32)]
     found = norms_of(tensors)
     assert [n.dim() for n in found] == [0, 0, 0, 0]
@@ -43,7 +45,9 @@ def test_norms_of_tensors_of_any_shape() -> None:
         assert torch.allclose(norm, tensor.norm())
 
 
-def test_half_precision_neither_overflows_nor_is_rounded_to() -> None:
+@pytest.mark.parametrize("few", [FEW, 0])
+def test_half_precision_neither_overflows_nor_is_rounded_to(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(several, "FEW", few)
     tensors = [torch.full((300,), 6e4, dtype=torch.float16), torch.ones(257, dtype=torch.bfloat16), torch.ones(2)]
     found = norms_of(tensors)
     assert [n.dtype for n in found] == [torch.float32, torch.float32, torch.float64]
