@@ -51,8 +51,8 @@ for _question in (being_compiled, may_break_graph):  # as torch.compiler.assume_
 
 def _translator() -> Any:
     """What traces at this moment; None where nothing does, as where the tracer is not even loaded."""
-    tracer = sys.modules.get("torch._dynamo.symbolic_convert")
-    return getattr(getattr(tracer, "tls", None), "current_tx", None)
+    tls = getattr(sys.modules.get("torch._dynamo.symbolic_convert"), "tls", None)
+    return None if tls is None else vars(tls).get("current_tx")  # to make an error of what is missing takes longer
 
 
 def hooks_prevent_compiling(module: nn.Module) -> bool:
