@@ -18,7 +18,7 @@ from ..layers.low_precision import contraction
 from ..layers.norms import DenseNorms
 from ..layers.per_sample import PerSample, Rows, dense, per_sample_gradients, weighted
 from ..layers.rank_one import RankOne, rank_one
-from ..layers.rules import takes_any_leading_dim
+from ..layers.rules import SQUARES, takes_any_leading_dim
 from ..layers.selection import Layer
 from ..layers.uses import Later, Piece, pieces
 from ..oneshot.isolation import run_isolated
@@ -227,7 +227,8 @@ def _gradients(layer: Layer, calls: Sequence[Call], layouts: list[Layout]) -> Ma
         if g.dim() == 1 and takes_any_leading_dim(layer.rule):  # one sample, without a dimension for it
             inputs, g, layouts[index] = tuple(x.unsqueeze(0) for x in inputs), g.unsqueeze(0), DIM_ZERO
         cleaned.append((inputs, g))
-    return _own_rows(layer, per_sample_gradients(layer.rule, layer.module, cleaned, layouts))
+    rule = SQUARES.get(layer.rule, layer.rule)
+    return _own_rows(layer, per_sample_gradients(rule, layer.module, cleaned, layouts))
 
 
 def _own_rows(layer: Layer, gradients: Mapping[str, PerSample]) -> Mapping[str, PerSample]:

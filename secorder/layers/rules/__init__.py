@@ -5,9 +5,9 @@ with :func:`rule_of`. To add one: a function, in a file of this folder or of you
 """
 
 from . import convolution, embedding, linear, normalisation, prelu
-from .registry import RULES, rule_for, rule_of, takes_any_leading_dim
+from .registry import RULES, SQUARES, rule_for, rule_of, takes_any_leading_dim
 
 __all__ = [
-    "RULES", "convolution", "embedding", "linear", "normalisation", "prelu", "rule_for", "rule_of",
+    "RULES", "SQUARES", "convolution", "embedding", "linear", "normalisation", "prelu", "rule_for", "rule_of",
     "takes_any_leading_dim",
 ]  # fmt: skip

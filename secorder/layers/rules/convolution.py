@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..._torch.modules import convolution_padding
 from ..patches import Patches, windows
 from ..per_sample import Outer, PerSample
-from .registry import expect_dims, rule_of
+from .registry import expect_dims, rule_of, squares_of
 
 
 @rule_of(nn.Conv1d, nn.Conv2d, nn.Conv3d, parameters=("weight", "bias"))
@@ -61,3 +61,19 @@ def transposed_convolution(module: nn.Module, inputs: tuple[Tensor, ...], g: Ten
     seen = seen.unflatten(1, (groups, -1))
     products = a.flatten(2).unflatten(1, (groups, -1)) @ seen.transpose(2, 3)
     return {"weight": products.reshape(-1, *module.weight.shape), "bias": g.flatten(2).sum(2)}
+
+
+@squares_of(transposed_convolution)
+def transposed_convolution_squared(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """The same in factors, no sample's gradient formed: patches of g, and a in the place of cotangents."""
+    assert isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    a, padding = inputs[0], tuple(map(int, module.padding))
+    expect_dims(module, a, len(padding) + 2)
+    sizes = zip(a.shape[2:], g.shape[2:], module.kernel_size, module.stride, padding, module.dilation, strict=True)
+    ends = [(size - 1) * step + gap * (k - 1) + 1 - out - pad for size, out, k, step, pad, gap in sizes]
+    seen = g
+    if ends != list(padding):  # ``output_padding``: some rows at the end are seen in place of zeros, or not at all
+        seen = F.pad(g, [side for both in reversed([*zip(padding, ends, strict=True)]) for side in both])
+        padding = (0,) * len(padding)
+    own = convolution_gradients(seen, a, module.kernel_size, module.stride, padding, module.dilation, module.groups)
+    return {"weight": own["weight"], "bias": g.flatten(2).sum(2)}

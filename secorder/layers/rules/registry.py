@@ -25,6 +25,9 @@ class Entry(NamedTuple):
 
 #: The rules by layer type; subclasses that do not override ``forward`` use their base's.
 RULES: dict[type[nn.Module], Entry] = {}
+#: By rules that form per-sample gradients, what tells them in factors, of which cotangents may be the first: where
+#: nothing but squares is made of them.
+SQUARES: dict[Rule, Rule] = {}
 
 
 def rule_of(
@@ -67,6 +70,16 @@ def rule_of(
         entry = Entry(rule, None if parameters is None else frozenset(parameters), any_leading_dim)
         RULES.update(dict.fromkeys(layer_types, entry))
         return rule
+
+    return enter
+
+
+def squares_of(rule: Rule) -> Callable[[R], R]:
+    """Enter the decorated function as a rule's for squares."""
+
+    def enter(squared: R) -> R:
+        SQUARES[rule] = squared
+        return squared
 
     return enter
 
