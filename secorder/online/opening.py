@@ -35,7 +35,7 @@ from .samples.hypotheses import shapes_of
 from .samples.linear_backward import NOT_LINEAR
 from .samples.relation import Shape, explain, whole_call
 from .samples.sample_dimension import LISTED
-from .troubles import OUTSIDE, coupled, tell_normalised
+from .troubles import OPEN, OUTSIDE, coupled, tell_normalised
 
 if TYPE_CHECKING:
     from .hooks import Attachment
@@ -271,7 +271,7 @@ def _settle_together(attachment: "Attachment", ranks: Ranks, record: ForwardReco
 
 def _may_be_told(fisher: OnlineFisher, found: Attribution, layers: Sequence[Layer]) -> bool:
     """Whether another verification may tell of layers: of one that is not refused anyway, nor sought in vain."""
-    nowhere = not found.closed or all(layout is None for layout in found.outputs)
+    nowhere = not (found.closed or fisher.penalty) or all(layout is None for layout in found.outputs)
     untold = [x.name for x in layers if x.name in found.unknown and x.enclosing is fisher.model]
     in_vain = found.not_linear | {name for name in untold if nowhere or found.sharing(name)}
     return any(x.name not in in_vain and x.name not in fisher.troubles.marks for x in layers)
@@ -350,8 +350,9 @@ def _fall_back(
     calls = record.layers[record.fallback[0].name].calls
     outputs = calls[0] if calls else ()
     layouts = [_output_layout(found, i, shape, record) for i, shape in enumerate(outputs)]
-    if all(layout is None for layout in layouts):
-        fisher.troubles.leave_out(record, [x.name for x in able], _no_dimension(record, able[0]))
+    closed = found.closed or fisher.penalty is not None
+    if not closed or all(layout is None for layout in layouts):
+        fisher.troubles.leave_out(record, [x.name for x in able], _no_dimension(record, able[0]) if closed else OPEN)
         return
     for layer in record.fallback:
         record.layers[layer.name].layouts = [layouts]
@@ -359,8 +360,6 @@ def _fall_back(
 
 def _output_layout(found: Attribution, index: int, shape: Shape, record: ForwardRecord) -> Layout | None:
     """Where samples are in an output of the model: verified by this batch."""
-    if not found.closed:
-        return None
     if record.num_samples == 1:
         return whole_call(shape)
     return found.outputs[index] if index < len(found.outputs) else None

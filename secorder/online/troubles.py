@@ -28,6 +28,13 @@ OUTSIDE = _OUTSIDE.format(
     'pass penalty="shared" if it is a penalty in the loss, ',
 )
 
+OPEN = (
+    "the loss, or another number that the model returns, is made of more than the outputs that hold samples (a penalty "
+    "of weights, an auxiliary loss), so that these do not tell its per-sample gradients: let the model return what the "
+    'rest is made of, pass penalty="shared" if that is a penalty of weights, leave the layer out with layers=, or '
+    "measure it with a one-shot call."
+)
+
 #: What it is most likely, by what the hooks saw at the layer, the surest first; and what to do.
 OUTSIDE_CAUSES = {
     "second": ("another loss in a second backward through one forward", "add the losses and call backward once, "),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secorder import CurvatureProbe, CurvatureWarning
+from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 
 from ..helpers import Doubled, Net, data, make, reference, step
 from ..reference import assert_all_close
@@ -188,6 +188,8 @@ class Pages(nn.Module):
         loss = nn.functional.cross_entropy(logits, y)
         if "penalised" in self.returned:
             loss = loss + pages.square().mean()
+        if "decayed" in self.returned:
+            loss = loss + self.page.weight.square().sum()
         beside = {"pages": pages, "list": tuple(states.unbind())}
         return {
             "logits": logits,
@@ -231,3 +233,14 @@ def test_it_is_not_looked_for_samples_in_each_batch_where_outputs_tell_them() ->
 def test_a_loss_that_is_made_of_more_than_the_other_outputs_is_refused(returned: str) -> None:
     came = follow(Pages(returned), _of_pages(3, 4, 3, 5), _pages)
     assert "page" in came.refused.keys() | came.left_out.keys()
+
+
+def test_a_penalty_of_weights_in_the_loss_that_a_model_returns() -> None:
+    """As AdaLoRA has it: it is said what to do, and what is told then is exact."""
+    batches = _of_pages(3, 4, 3, 3, 3, 5)
+    model = Pages("decayed loss")
+    assert follow(deepcopy(model), batches, _pages, penalty="shared").exact
+    with CurvatureProbe(model, "all", reduction="mean") as probe, pytest.warns(CurvatureWarning, match="made of more"):
+        _pages(model, batches[0]).backward()
+    with pytest.raises(AttributionError, match=r'made of more than the outputs .* pass penalty="shared"'):
+        probe.fisher_diagonal()
