@@ -100,7 +100,7 @@ def _of_samples(task: Measurement, index: list[int]) -> tuple[Any, Tensor]:
             f"the model and loss_fn work on the batch and fail on {which} ({type(error).__name__}: "
             f"{str(error).strip()[:200]}): if the loss holds tensors of the batch itself, pass them in targets (also "
             "the inputs, where it differentiates by them), or let the model return what loss_fn is to take the mean "
-            f"of{one}."
+            f"of; if one dimension of an input holds several rows a sample, give the samples one of their own{one}."
         ) from error
     if not bool(loss.detach().isfinite()):
         raise NonFiniteError(

@@ -75,9 +75,9 @@ class Recording:
             gradients(loss, list(leaves_of([loss]).values()))
         if self.hidden:
             raise AttributionError(
-                f"layer {min(self.hidden)!r} runs inside an activation checkpoint that starts a backward pass of its "
-                "own, which hides it from torch.autograd.grad: use torch.utils.checkpoint.checkpoint with "
-                "use_reentrant=False."
+                f"layer {min(self.hidden)!r} runs inside a function that starts a backward pass of its own (a "
+                "reentrant checkpoint, reversible layers), which hides it from torch.autograd.grad: use "
+                "torch.utils.checkpoint.checkpoint with use_reentrant=False, or let a probe measure it in training."
             )
 
 
