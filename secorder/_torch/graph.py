@@ -3,7 +3,7 @@
 import gc
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -25,6 +25,9 @@ _NUMBERED = re.compile(r"Backward\d+$")
 
 #: Begins the names of functions that are not PyTorch's own, or of which it has no second derivative: a script's.
 _OTHERS = ("torch::autograd::CppNode<", "torch::jit::")
+
+#: How many nodes of graphs this thread has made so far: the number of the next one.
+nodes_made: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 #: By node, those that take its outputs: the node, and the number of its input.
 Users = dict[Node, list[tuple[Node, int]]]
@@ -61,6 +64,11 @@ def nodes_behind(roots: Iterable[Node]) -> Iterator[Node]:
             if before is not None and before not in seen:
                 seen.add(before)
                 waiting.append(before)
+
+
+def number_of(node: Node) -> int:
+    """The number that a node got as it was made, which tells it from all others of its thread but from leaves."""
+    return int(node._sequence_nr())
 
 
 def elements_by_operation(output: Tensor) -> float:
@@ -163,6 +171,11 @@ def saved(node: Node, name: str) -> Any:
     """
     found = getattr(node, f"_saved_{name}")
     return found.detach() if isinstance(found, Tensor) and found.requires_grad else found
+
+
+def packed(node: Node, name: str) -> bool:
+    """Whether hooks have packed a tensor that a node has saved, so that to ask for it runs theirs."""
+    return getattr(node, f"_raw_saved_{name}").unpack_hook is not None
 
 
 def signed(number: int) -> int:

@@ -23,7 +23,7 @@ from .samples.attribution import Attribution, merged
 from .samples.hypotheses import SampleDim, shapes_of
 from .samples.relation import Shape, explain
 from .samples.search import attribute
-from .schedule import now_and_then
+from .schedule import Kinds, now_and_then
 
 #: One recorded batch in so many is looked at again; and shapes, and modes, of which it is remembered what is known.
 ONE_IN, REMEMBERED = 100, 256
@@ -53,9 +53,16 @@ class Attributions:
         #: By modes and shapes, what is known and how many samples that makes, where shapes alone tell it.
         self._met: dict[tuple[Any, Any], tuple[Attribution, int | None]] = {}
         self._not_followed: set[str] = set()
+        self.graphs = Kinds()  #: forwards that were looked at, by the number of nodes that their graphs have
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_known": {}, "_batches": {}, "_met": {}}  # its copy is to be looked at anew
+        return {
+            **vars(self),
+            "_known": {},
+            "_batches": {},
+            "_met": {},
+            "graphs": Kinds(),
+        }  # its copy is to be looked at anew
 
     def meet(self, arguments: Any, shapes: Sequence[Shape]) -> tuple[Attribution | None, int | None, bool]:
         """What is known of where the samples of a batch are, how many they are, and whether it is :meth:`scheduled`."""
@@ -203,6 +210,7 @@ class Attributions:
         self._known.clear()
         self._met.clear()
         self._batches.clear()
+        self.graphs = Kinds()
 
 
 def _ranks(shapes: Sequence[Shape]) -> tuple[int, ...]:

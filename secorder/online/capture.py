@@ -19,6 +19,7 @@ from .._torch.engine import (
     will_accumulate,
 )
 from .._torch.fsdp import local, local_shape
+from .._torch.graph import number_of
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.saved_tensors import (
     Kept,
@@ -86,6 +87,7 @@ def layer_called(
             record.autocast_dtype = computed_in
     made_by = output.grad_fn
     assert made_by is not None
+    record.path.append(number_of(made_by))
     if record.scheduled:
         mark_calls(attachment, record, layer.name, index, [output])
     node = accumulates_into((own.gathered or layer.parameters).values(), made_by)

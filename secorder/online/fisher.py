@@ -24,12 +24,14 @@ from .audit.audited import Audited
 from .audit.directions import Directions
 from .audit.failures import Failures
 from .audit.uncalled import Uncalled
+from .doubts import Doubts
 from .finite import all_finite, not_finite
 from .losses.accumulation import Accumulation
 from .losses.reduction import Weights, usable_scale
 from .losses.sizes import Sizes
 from .norm_sums import NormSums
 from .record import Backward, Backwards, ForwardRecord
+from .schedule import Kinds
 from .stacked import Stacked
 from .sums import ADDING, Held, LayerSums, add_whole, count_good, count_together, empty
 from .troubles import Troubles
@@ -131,6 +133,7 @@ class OnlineFisher:
         self.uncalled = Uncalled(self.layers)
         self.at_once = 1  # forwards that the latest backward ran through
         self.accumulation = Accumulation()
+        self.losses, self.doubts = Kinds(), Doubts()  # those that were looked at, and what of others is not as there
         self.sizes = Sizes()
 
     @lasting()

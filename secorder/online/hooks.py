@@ -35,6 +35,7 @@ from .._torch.compile import (
     uncompiled,
 )
 from .._torch.engine import NO_BACKWARD, current_backward, in_backward
+from .._torch.graph import nodes_made
 from .._torch.modules import is_running, kept_out_of_copies, threads_running
 from .._torch.own_hooks import Aside, FirstHooks, OwnHook, computes_by_its_hooks
 from .._torch.pytree import tensors_in
@@ -73,6 +74,9 @@ class Attachment:
         self._beginning = threading.RLock()
         self.verifying: int | None = None  # the thread in which the model is verified
         self.watched: ref[ForwardRecord] | None = None  # the latest forward whose loss is to be looked at
+        self.latest: ref[ForwardRecord] | None = None  # the latest forward whose loss may be of another kind
+        self.forwards = 0  # since the latest backward
+        self.wanted = False  # whether the next forward's loss is to be looked at
 
     def attach(self) -> None:
         """Register the hooks of the model."""
@@ -210,6 +214,7 @@ class Attachment:
             raise
         self.running[thread] = record
         record.eager = eager
+        record.began = nodes_made()
         saw("forward")
         return True
 
@@ -241,6 +246,7 @@ class Attachment:
             called = layer_called if root.rule else module_called
             _LayerHook(called, self, record, root)(self.model, args, kwargs, output)
         settle(self, record, (args, kwargs), output)
+        record.ended = nodes_made()
         for section in record.sections or ():
             self._sections[section] = ref(record)
         for tensor in tensors_in(output):

@@ -10,22 +10,19 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from .._arguments import listed
-from .._torch.modules import batch_normalisation
+from .._torch.graph import nodes_made
 from .._torch.pytree import tensors_in
-from ..errors import NonFiniteError, SecorderError
 from ..layers.layout import Layout
 from ..layers.selection import Layer
-from ..oneshot.recording import RecordingFailed
 from ..parallel.ranks import Ranks
 from .agreement import leave_out_together, opened_together
-from .attributions import Attributions
 from .capture import module_called
 from .carried import carried
 from .exchanged import refresh, tell_of_new
 from .finite import finite
 from .fisher import OnlineFisher
 from .layer_record import Start
+from .looking import look_again, look_at_other_kind, look_before
 from .losses.reduction import weights_of
 from .losses.watching import watch_losses, watches
 from .operations import explain_uses, follow, hook_uses
@@ -34,8 +31,7 @@ from .samples.attribution import Attribution
 from .samples.hypotheses import shapes_of
 from .samples.linear_backward import NOT_LINEAR
 from .samples.relation import Shape, explain, whole_call
-from .samples.sample_dimension import LISTED
-from .troubles import OPEN, OUTSIDE, coupled, tell_normalised
+from .troubles import OPEN, OUTSIDE, coupled
 
 if TYPE_CHECKING:
     from .hooks import Attachment
@@ -58,7 +54,9 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
     needed = unknown or (known is not None and known.provisional and count != 0)
     wanted = scheduled and not attributions.certain(known) and count is not None and count > 1
     if fisher.ranks is None:  # those that hold other numbers of samples are not to differ in what they look at
-        scheduled = scheduled or watches(attachment) or (count is not None and fisher.sizes.wants(count))
+        scheduled = (
+            scheduled or attachment.wanted or watches(attachment) or (count is not None and fisher.sizes.wants(count))
+        )
     if not (needed or wanted or fisher.ranks):
         return _opened(fisher, known, count, shapes, (False, scheduled), (args, kwargs))
     empty = True in [0 in shape[:2] for shape in shapes]
@@ -74,7 +72,7 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
             if alone:
                 verified = True
                 try:
-                    known = _verify(fisher, attributions, known, args, kwargs)
+                    known = look_before(fisher, attributions, known, args, kwargs)
                 except Exception as raised:
                     if fisher.ranks is None:
                         raise
@@ -127,86 +125,10 @@ def _unattributed(fisher: OnlineFisher, reason: str) -> ForwardRecord | None:
     return ForwardRecord(Attribution(), 0, (), verified=False, unattributed=reason)
 
 
-def _verify(
-    fisher: OnlineFisher,
-    attributions: Attributions,
-    before: Attribution | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Attribution | None:
-    """Look at this batch, and say what was found; None where it cannot be recorded."""
-    try:
-        reduction = fisher.reduction if fisher.ranks is None and fisher.penalty is None else None
-        found = attributions.verify(fisher.layers, args, kwargs, reduction)
-    except SecorderError:
-        raise
-    except Exception as error:  # the model's own, in a pass of ours: the user's forward has not run yet
-        fisher.troubles.saw("verification failed")
-        cause = error.__cause__ if isinstance(error, RecordingFailed) else error
-        fisher.troubles.warn(
-            f"a batch is left out, since running the model on it to see where samples are failed "
-            f"({type(cause).__name__}: {cause}); the next one is verified instead."
-        )
-        return None
-    if found.unclear:  # a batch that ends in nan tells nothing: it is left out, and the next one is looked at
-        fisher.troubles.saw("not finite")
-        if fisher.on_nonfinite == "raise":
-            raise NonFiniteError(
-                "the model's output holds nan or inf: check the inputs, lower the learning rate or the scale, or "
-                'pass on_nonfinite="skip" to leave such batches out.'
-            )
-        for sums in fisher.sums.values():
-            sums.batches += 1
-        return None
-    if found.undecided and found.provisional:
-        fisher.troubles.saw("listed" if found.undecided == LISTED else "one sample")
-        return None
-    if found.undecided:
-        return found
-    shapes = shapes_of((args, kwargs))
-    _warn_of(fisher, attributions, before, found, shapes)
-    return attributions.known(shapes)
-
-
-def _warn_of(
-    fisher: OnlineFisher,
-    attributions: Attributions,
-    before: Attribution | None,
-    found: Attribution,
-    shapes: Sequence[Shape],
-) -> None:
-    """Say what was found that is not as a user would expect: another dimension, coupled samples, moved rows, reruns."""
-    if found.alternative is not None and not fisher.assumed:
-        usual = next(dim for dim in found.dims if dim is not None)
-        fisher.assumed = (
-            f"dim {usual} of the model's arguments, of shapes {list(shapes)}, was taken to hold the samples, and dim "
-            f"{found.alternative} would do as well: pass sample_dim={usual} or sample_dim={found.alternative}."
-        )
-    if found.normalised:
-        names = [layer.name for layer in fisher.layers]
-        tell_normalised(fisher.troubles, names, quantised=not batch_normalisation(fisher.model))
-    if before is not None and not found.coupled:
-        fisher.troubles.mark(
-            attributions.moved(before, found),
-            "the rows of its output belong to other samples than they did at the previous verification batch, so "
-            "that what was accumulated since then may be wrong (rows that depend on data): measure it with one-shot "
-            "calls, or leave it out with layers=.",
-        )
-    if before is not None:
-        fisher.troubles.mark(found.not_linear - before.not_linear, NOT_LINEAR)
-    slow = [x.name for x in found.layers if x.measured_by == "rerun" and x.enclosing is not x.module]
-    if slow:
-        fisher.troubles.warn(
-            f"the calls of layers {listed(slow)} do not determine their per-sample gradients (a row that all samples "
-            "share, rows that depend on data, a parameter used outside of them, nothing trainable before them): a "
-            "module that contains them runs once more a step. That is exact and slow; leave them out with layers= if "
-            "it is too slow."
-        )
-
-
 def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, output: Any) -> None:
     """The forward has ended: where the samples are in each call, by what is known, or verified anew."""
     fisher = attachment.fisher
+    made = nodes_made() - record.began
     start, record.start = record.start, None
     carried, record.carried = record.carried, ()
     fisher.draws = fisher.draws or (record.verified and start is not None and start.drew())
@@ -220,22 +142,28 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
     if record.attribution.by_operations:
         begins = [*tensors_in(arguments), *carried]  # what another forward has computed them by is not followed
-        graph = list(tensors_in(output)), begins
-        if follow(record, record.attribution, *graph):
+        outputs = list(tensors_in(output))
+        if follow(record, record.attribution, outputs, begins):
             attachment.attributions.give_up_on([name for name, own in record.layers.items() if own.unfollowed])
     if fisher.ranks is not None:
         _settle_together(attachment, fisher.ranks, record, start)
         return
     _require_present(fisher, record)
     unexplained = _explain(record, record.attribution)
+    found = record.attribution if record.verified else None
+    if start is not None:
+        last = [t.grad_fn.name() for t in tensors_in(output) if t.grad_fn is not None]
+        kind = made, *last, *[number - record.began for number in record.path]
+        if found is None and attachment.attributions.graphs.is_new(kind):
+            found = look_at_other_kind(attachment, record, start, output, unexplained)
+        attachment.attributions.graphs.saw(kind)
     if unexplained and start is not None:
-        found: Attribution | None = record.attribution
-        if not record.verified:
-            found = _verify_again(attachment, start) if _may_be_told(fisher, record.attribution, unexplained) else None
+        if found is None and _may_be_told(fisher, record.attribution, unexplained):
+            found = look_again(attachment, start)
         if found is not None and not (found.unclear or found.undecided):
             same = {x.name for x in record.attribution.layers if x in found.layers}
             if record.attribution.by_operations:
-                follow(record, found, *graph)
+                follow(record, found, outputs, begins)
             unexplained = [x for x in _explain(record, found) if x in unexplained or x.name not in same]
             hook_uses(attachment, record)
             _fall_back(attachment, record, found, unexplained, start, output)
@@ -259,7 +187,7 @@ def _settle_together(attachment: "Attachment", ranks: Ranks, record: ForwardReco
     wanted, unable = ranks.largest([bool(unexplained), start is None or record.verified])
     if wanted and not unable:
         assert start is not None
-        found = _verify_again(attachment, start)
+        found = look_again(attachment, start)
         if found is not None and not (found.unclear or found.undecided):
             unexplained = [x for x in _explain(record, found) if x in unexplained]
     for layer in unexplained:
@@ -275,12 +203,6 @@ def _may_be_told(fisher: OnlineFisher, found: Attribution, layers: Sequence[Laye
     untold = [x.name for x in layers if x.name in found.unknown and x.enclosing is fisher.model]
     in_vain = found.not_linear | {name for name in untold if nowhere or found.sharing(name)}
     return any(x.name not in in_vain and x.name not in fisher.troubles.marks for x in layers)
-
-
-def _verify_again(attachment: "Attachment", start: Start) -> Attribution | None:
-    """Another verification of the batch; None where other threads run the model."""
-    with attachment.alone() as alone:
-        return attachment.attributions.verify(attachment.fisher.layers, *start.arguments) if alone else None
 
 
 def _explain(record: ForwardRecord, attribution: Attribution) -> list[Layer]:

@@ -162,6 +162,10 @@ class ForwardRecord:
     #: whether the latest backward that came to the model's output is to be differentiated itself
     create_graph: bool = False
     backward: Backward | None = None  #: the pass that is running through this forward
+    began: int = 0  #: how many nodes of graphs its thread had made when it began
+    ended: int = 0  #: and when it had ended
+    #: of each floating-point tensor that it returned, the number of its node, and which of that node's outputs it is
+    ends: Sequence[tuple[int, int] | None] = ()
     closed: bool = False  #: nothing is to be added any more
     unreturned: bool = False  #: whether the forward ended without an output: it returned none, or raised
     eager: EagerSection | None = None  #: the section in which nothing is compiled, while the forward runs
@@ -187,6 +191,7 @@ class ForwardRecord:
         #: why it is not known where samples are, said once a backward comes; else empty
         self.unattributed = unattributed
         self.thread = threading.get_ident()
+        self.path: list[int] = []  #: the numbers of the nodes that layers' calls have ended with
         #: of the layers' hooks, while the forward runs
         self.handles: list[RemovableHandle | FirstHooks | WatchedHooks] = []
         self.layers: defaultdict[str, LayerRecord] = defaultdict(LayerRecord)  #: by name, what is known of each

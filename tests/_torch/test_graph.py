@@ -20,8 +20,11 @@ from secorder._torch.graph import (
     least_precise,
     leaves_of,
     nodes_behind,
+    nodes_made,
+    number_of,
     operation_of,
     outputs_of,
+    packed,
     passes_on,
     recomputed,
     run_node,
@@ -201,3 +204,21 @@ def test_numbers_that_an_operation_computes() -> None:
     x = torch.randn(2, 6, requires_grad=True)
     assert elements_by_operation((x.sin() * x).sum()) == (12 + 12 + 1) / 3
     assert elements_by_operation(x) == elements_by_operation(x.detach()) == 0
+
+
+def test_nodes_are_numbered_as_they_are_made() -> None:
+    x, before = torch.randn(3, requires_grad=True), nodes_made()
+    z = (x * 2).sum()
+    assert [number_of(node) for node in (z.grad_fn.next_functions[0][0], z.grad_fn)] == [before, before + 1]
+    assert nodes_made() == before + 2
+    with torch.no_grad():
+        x * 2
+    assert nodes_made() == before + 2
+
+
+def test_what_hooks_have_packed_is_told_without_asking_for_it() -> None:
+    x, asked = torch.randn(3, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: asked.append(t) or t):
+        assert packed(x.exp().grad_fn, "result")
+    assert not packed(x.exp().grad_fn, "result")
+    assert not asked

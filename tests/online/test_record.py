@@ -247,10 +247,13 @@ def test_forwards_of_several_threads(name: str) -> None:
 
 def test_the_model_is_not_looked_at_while_another_thread_runs_a_backward() -> None:
     """A look takes the hooks off parameters: those of the audit, and the user's own."""
-    model, batch, seen = branches(), data(), []
+    model, batch, seen, armed = branches(), data(), [], False
     model.a.weight.register_hook(lambda _: seen.append(1))
 
     def in_another_thread(*_: Any) -> None:
+        if not armed:
+            return
+
         def forwards() -> None:
             for _ in range(3):  # the first of which is to be looked at
                 model(data(4)[0])
@@ -260,9 +263,10 @@ def test_the_model_is_not_looked_at_while_another_thread_runs_a_backward() -> No
         thread.join()
 
     with CurvatureProbe(model, "all", reduction="mean") as probe:
+        hook = model.head.register_full_backward_pre_hook(in_another_thread)
         for _ in range(2):
             step(model, batch)
-        hook = model.head.register_full_backward_pre_hook(in_another_thread)
+        armed = True
         model.zero_grad()
         with mock.patch.object(probe._attributions, "verify", side_effect=AssertionError("looked at")) as look:
             step(model, batch)

@@ -16,7 +16,11 @@ As a forward ends that is recorded:
 - :mod:`.watching`: what is to be watched of it, and in what order its loss is looked at.
 - :mod:`.marks`: where the graph has tensors whose rows are known, for a loss to be met there.
 
-As that backward begins, of verification batches, in the graph that still holds what it has saved:
+As any backward begins:
+
+- :mod:`.kinds`: does the loss end as those did that were looked at, and divide by what counts of each sample?
+
+Of verification batches, and of losses that end otherwise, in the graph that still holds what it has saved:
 
 - :mod:`.seen`: what is between the loss and those tensors, seen once for all that follow.
 - :mod:`.extent`: of how many samples is a number there?

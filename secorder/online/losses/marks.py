@@ -13,7 +13,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from ..._torch.graph import Node, shape_of
+from ..._torch.graph import Node, number_of, shape_of
 from ..._torch.loss_graph import Place, place_of
 from ..._torch.views import lasting_place
 from ...layers.layout import Layout, layout_of
@@ -68,12 +68,34 @@ def mark_outputs(attachment: object, record: ForwardRecord, output: Any, layouts
         if tensor is None or tensor.grad_fn is None:
             continue
         shape, count = tuple(tensor.shape), record.num_samples
-        known = _output(tensor, whole_call(shape) if count == 1 and tensor.dim() else layout, count)
+        known = None if tensor.is_complex() else _output(shape, layout, count, _size(tensor.detach()) or 1.0)
         for place, seen in _places(tensor):
             here = None if known is None else _seen_as(known.layout, shape, seen, count)
             _put(attachment, record, place, None if known is None or here is None else known._replace(layout=here))
         marked = True
     return marked
+
+
+def mark_by_number(attachment: object, record: ForwardRecord, roots: Iterable[Node]) -> None:
+    """:func:`mark_outputs` of a forward whose outputs are gone, where a graph leads to them."""
+    found = record.attribution
+    layouts = () if found.provisional else found.outputs
+    ends = {end: layout for end, layout in itertools.zip_longest(record.ends, layouts) if end is not None}
+    numbers = {number for number, _ in ends}
+    waiting = list(dict.fromkeys(roots))
+    seen = set(waiting)
+    for node in waiting:  # which grows meanwhile
+        if number_of(node) in numbers:
+            for (number, output), layout in ends.items():
+                if number == number_of(node):
+                    known = _output(shape_of(node, output), layout, record.num_samples, 1.0)
+                    _put(attachment, record, (node, output), known)
+            continue
+        new = {x for x, _ in node.next_functions if x is not None} - seen
+        seen |= new
+        waiting += new
+        if len(waiting) > MOST_NODES:
+            return
 
 
 def mark_calls(
@@ -113,12 +135,11 @@ def _put(attachment: object, record: ForwardRecord, place: Place, mark: _Mark) -
         held[key] = mark
 
 
-def _output(tensor: Tensor, layout: Layout | None, count: int) -> Output | None:
-    if layout is None or tensor.is_complex():
+def _output(shape: Shape, layout: Layout | None, count: int, size: float) -> Output | None:
+    layout = whole_call(shape) if count == 1 and shape else layout
+    if layout is None or len(shape) <= layout.dim or shape[layout.dim] != count * layout.rows:
         return None
-    if tensor.dim() <= layout.dim or tensor.shape[layout.dim] != count * layout.rows:
-        return None
-    return Output(layout, _size(tensor.detach()) or 1.0, count)
+    return Output(layout, size, count)
 
 
 def _size(values: Tensor) -> float:

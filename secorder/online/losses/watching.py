@@ -17,7 +17,15 @@ from torch import Tensor
 
 from ..._torch.autocast import no_autocast
 from ..._torch.beginning import before_backward, wait_no_more, waits
-from ..._torch.graph import Node, current_node, is_builtin, nodes_behind, shape_of, tells_recomputation
+from ..._torch.graph import (
+    Node,
+    current_node,
+    is_builtin,
+    nodes_behind,
+    number_of,
+    shape_of,
+    tells_recomputation,
+)
 from ..._torch.loss_graph import Place, UnknownNode, normalises
 from ..._torch.surroundings import inside_transform
 from ...layers.selection import Layer
@@ -25,10 +33,12 @@ from ..changed_gradients import watch_gradients
 from ..fisher import OnlineFisher
 from ..record import ForwardRecord
 from ..samples.beside import Beside, is_made, made_beside, tensor_at
+from ..samples.hypotheses import floating
 from ..troubles import tell_normalised
 from .choices import chooses
 from .coupling import couples
-from .marks import Output, mark_outputs, outputs_behind
+from .kinds import kind_of
+from .marks import Output, mark_by_number, mark_outputs, outputs_behind
 from .powers import paths_of, reduced_otherwise
 from .scale import tell_scaler, watch_scale
 from .seen import SeenLoss, roots_of, see
@@ -88,12 +98,24 @@ def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -
     if record.verified:
         watch_scale(fisher, record, output)
     if found.coupling or found.unreduced:
-        _watch_beside(fisher, output, found.coupling, found.unreduced)
+        watch_beside(fisher, output, found.coupling, found.unreduced)
+    attachment.latest, attachment.forwards = ref(record), attachment.forwards + 1
+    if not record.scheduled:
+        if attachment.watched is not None and fisher.ranks is None:
+            record.ends = [_end(tensor) for tensor in floating(output)]
+            before_backward(attachment, _begins_otherwise, attachment)
+        return
+    attachment.wanted = False
     # Of layers that lie in parts, operations of the loss, too, may speak with other ranks.
-    looks = record.scheduled and tells_recomputation() and not any(layer.split for layer in fisher.layers)
+    looks = tells_recomputation() and not any(layer.split for layer in fisher.layers)
     if looks and mark_outputs(attachment, record, output, () if found.provisional else found.outputs):
         before_backward(record, partial(_begins, ref(attachment)), attachment)
         attachment.watched = ref(record)
+
+
+def _end(tensor: Tensor) -> tuple[int, int] | None:
+    node = None if tensor.is_complex() else tensor.grad_fn
+    return None if node is None else (number_of(node), tensor.output_nr)
 
 
 def watches(attachment: "Attachment") -> bool:
@@ -104,7 +126,7 @@ def watches(attachment: "Attachment") -> bool:
     return attachment.fisher.at_once <= FEW or sum(attachment.counts.values()) <= FIRST
 
 
-def _watch_beside(
+def watch_beside(
     fisher: OnlineFisher, output: Any, coupling: Iterable[Beside], unreduced: Mapping[Beside, str]
 ) -> None:
     """Mark layers once a loss uses what is not to be told of: of :func:`coupling` tensors, those that made them."""
@@ -153,14 +175,35 @@ def _begins(
     return bool(own.fisher.troubles.guarded(None, (), _look_or_say, own, record, ends, gradients))
 
 
+def _begins_otherwise(own: "Attachment", ends: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> bool:
+    """The same of a forward that is not watched: its loss is looked at where it is of another kind than those were."""
+    record, fisher = None if own.latest is None else own.latest(), own.fisher
+    if record is None or own.pauses or record.closed or fisher.troubles.has_seen("computed"):
+        return True
+    if record.thread != threading.get_ident():
+        return True
+    kind = kind_of(record, ends, own.forwards)
+    if not fisher.losses.is_new(kind.key):
+        even = fisher.losses.found(kind.key)
+        if even is not None and fisher.reduction == "mean" and (kind.means or True in even):
+            fisher.troubles.guarded(None, (), kind.expect, even, record.num_samples, fisher.doubts)
+        own.forwards = 0
+        return True
+    own.wanted = own.forwards > 1 or not fisher.troubles.guarded(None, (), _look_or_say, own, record, ends, gradients)
+    own.forwards = 0
+    return True
+
+
 def _look_or_say(
     attachment: "Attachment", record: ForwardRecord, ends: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> bool:
     """Look at the loss if it is a forward's, and have the first read say so where that fails; whether it is."""
     met: dict[int, dict[Place, Output | None]] = {}
-    fisher = attachment.fisher
+    fisher, kind = attachment.fisher, kind_of(record, ends, attachment.forwards)
     try:
-        roots = roots_of(ends, gradients)
+        roots, even = roots_of(ends, gradients), kind.even()
+        if not record.scheduled:
+            mark_by_number(attachment, record, [node for node, _ in roots])
         met = outputs_behind([node for node, _ in roots], attachment)
         if id(record) in met:
             _look(attachment, record, roots, met)
@@ -172,6 +215,9 @@ def _look_or_say(
     if id(record) not in met:
         return False
     wait_no_more(owners=met)  # it was the loss of all these forwards
+    if attachment.latest is not None and attachment.latest() is record:
+        fisher.losses.saw(kind.key, even)
+        attachment.forwards = 0
     return True
 
 

@@ -1,0 +1,103 @@
+"""A forward of another structure than those that were looked at is looked at, too."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from secorder import CurvatureProbe, CurvatureWarning
+from secorder.online.reading import unreadable
+
+from ..helpers import Net
+from .loops import follow
+
+
+def centred(m: Any, h: Tensor) -> Tensor:
+    return m.c(h - h.mean(0))
+
+
+def centred_instead(m: Any, h: Tensor) -> Tensor:
+    """By as many operations as the layer in whose place this is."""
+    return h - h.mean(0)
+
+
+def mixed(m: Any, h: Tensor) -> Tensor:
+    return m.c((h + h.roll(1, 0)) / 2)
+
+
+def attended(m: Any, h: Tensor) -> Tensor:
+    return m.c(torch.softmax(h @ h.T, 1) @ h)
+
+
+def in_another_order(m: Any, h: Tensor) -> Tensor:
+    """Samples and positions change places, of which there are as many."""
+    return m.c(h[:, :, None].expand(-1, -1, 5).transpose(0, 1)).transpose(0, 1).mean(1)
+
+
+def twice(m: Any, h: Tensor) -> Tensor:
+    return m.c(torch.tanh(m.c(h)))
+
+
+@pytest.mark.parametrize("at", [3, 5, 6])
+@pytest.mark.parametrize(
+    ("once", "refused"),
+    [
+        (centred, {"a", "b", "c"}),
+        (centred_instead, {"a", "b", "c"}),
+        (mixed, {"a", "b", "c"}),
+        (attended, {"a", "b", "c"}),
+        (in_another_order, set()),
+        (twice, set()),
+        (lambda m, h: h, set()),
+    ],
+)
+def test_a_forward_of_another_structure_is_looked_at(once: Any, refused: set[str], at: int) -> None:
+    """Of a batch between two looks, alone."""
+
+    def forward(m: Any, x: Tensor, now: Tensor) -> Tensor:
+        h = torch.tanh(m.a(x))
+        return m.b(once(m, h) if bool(now[0]) else m.c(h))
+
+    model = Net(forward, a=nn.Linear(4, 5), b=nn.Linear(5, 3), c=nn.Linear(5, 5))
+    batches = [(torch.randn(5, 4), torch.randint(3, (5,)), torch.full((5,), number == at - 1)) for number in range(9)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CurvatureWarning)
+        came = follow(model, batches, lambda m, b: nn.functional.cross_entropy(m(b[0], b[2]), b[1]))
+    assert came.refused.keys() == refused
+
+
+def test_a_loss_that_the_model_returns_is_looked_at_where_it_ends_otherwise() -> None:
+    def forward(m: Any, x: Tensor, t: Tensor, now: Tensor) -> Tensor:
+        losses = nn.functional.cross_entropy(m.b(torch.tanh(m.a(x)) + x), t, reduction="none")
+        return losses.sum() if bool(now[0]) else losses.mean()
+
+    model = Net(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+    batches = [(torch.randn(6, 4), torch.randint(3, (6,)), torch.full((6,), number == 4)) for number in range(9)]
+    came = follow(model, batches, lambda m, b: m(*b))
+    assert came.refused.keys() == {"a", "b"}
+    assert all("is the sum" in reason for reason in came.refused.values())
+
+
+def test_a_branch_that_is_drawn_is_looked_at_as_it_was_drawn() -> None:
+    """What the model draws in the look at a batch is what it drew as it ran."""
+    mixes: list[bool] = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = torch.tanh(m.a(x))
+        mixes.append(len(x) > 1 and float(torch.rand(())) < 0.3)
+        return m.b(h - h.mean(0) if mixes[-1] else h)
+
+    model = Net(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+    probe = CurvatureProbe(model, reduction="mean")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CurvatureWarning)
+        for _ in range(8):
+            before = len(mixes)
+            nn.functional.cross_entropy(model(torch.randn(6, 4)), torch.randint(3, (6,))).backward()
+            if any(mixes[before:]):
+                break
+            assert not unreadable(probe._fisher)
+    assert not any(mixes) or unreadable(probe._fisher).keys() == {"a", "b"}
+    probe.detach()
