@@ -28,6 +28,9 @@ def never_compiled(function: Function) -> Function:
     return function
 
 
+#: Who has asked in a graph that must be whole, where no hook of theirs can run.
+_IN_WHOLE_GRAPHS: set[str] = set()
+
 # What the tracer asks the next two while it traces is a constant to it, and a plain truth value: not every PyTorch can
 # trace a comparison with the member of an enumeration.
 
@@ -39,14 +42,26 @@ def being_compiled() -> bool:
 
 
 @uncompiled
-def may_break_graph() -> bool:
-    """Whether the graph that the caller is traced into may be broken: not with ``fullgraph=True``, nor in an export."""
+def may_break_graph(asking: str) -> bool:
+    """Whether the graph that the caller is traced into may be broken: not with ``fullgraph=True``, nor in an export.
+
+    Where it is compiled and may not, note is taken of who was ``asking``, a name of no more than one of them.
+    """
     translator = _translator()
-    return translator is not None and not translator.one_graph
+    whole = translator is not None and translator.one_graph
+    if whole and not getattr(translator, "export", False):
+        _IN_WHOLE_GRAPHS.add(asking)
+    return translator is not None and not whole
 
 
-for _question in (being_compiled, may_break_graph):  # as torch.compiler.assume_constant_result does
-    _question._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def in_whole_graph(asking: str) -> bool:
+    """Whether who asks was compiled into a graph that must be whole (``fullgraph=True``)."""
+    return asking in _IN_WHOLE_GRAPHS
+
+
+_questions: tuple[Any, ...] = (being_compiled, may_break_graph)
+for _question in _questions:  # as torch.compiler.assume_constant_result does
+    _question._dynamo_marked_constant = True
 
 
 def _translator() -> Any:

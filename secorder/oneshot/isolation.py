@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -308,10 +309,13 @@ def _restored(states: Sequence[State | ParameterValues | None]) -> Iterator[Call
 
 def _state_of_code(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> State | None:
     """What the user's hooks on modules, their own methods, and function modes that are set keep outside of modules."""
+    everywhere = hooks_on_all_modules()
+    # Also of tools that are PyTorch's own, such as counters of operations by module.
+    tools = [getattr(hook.__self__, "__dict__", ()) for hook in everywhere if isinstance(hook, MethodType)]
     hooks = [hook for m in modules for hook in forward_hooks(m)]
-    hooks = [hook for hook in (*hooks, *hooks_on_all_modules()) if not is_own(hook)]
+    hooks = [hook for hook in (*hooks, *everywhere) if not is_own(hook)]
     modes = [x for mode in function_modes() for x in (mode, type(mode).__torch_function__)]
-    roots = [*hooks, *modes, *code_of(modules)]
+    roots = [*hooks, *tools, *modes, *code_of(modules)]
     return State(roots, [*modules, *tensors], levels=LEVELS_OF_CODE) if roots else None
 
 

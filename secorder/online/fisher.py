@@ -9,6 +9,7 @@ and the audit is compared.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -40,6 +41,8 @@ from .window_sums import WindowSums
 #: What is summed up of a layer: the squares of each parameter's per-sample gradients, or their norms alone.
 Accumulate = Literal["diagonal", "trace"]
 
+_NAMES = map(str, count())
+
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class OnlineFisher:
@@ -66,6 +69,7 @@ class OnlineFisher:
 
     def __post_init__(self) -> None:
         self.layers = list(self.layers)
+        self.name = next(_NAMES)  # its own, by which code that is traced takes note of it
         self.directions = Directions()
         self.backwards = Backwards()
         self.others: deque[int] = deque(maxlen=8)  # backwards, the latest, that reached a forward that was not recorded

@@ -57,6 +57,7 @@ class Attachment:
     def __init__(self, model: nn.Module, fisher: OnlineFisher, attributions: Attributions, every: int) -> None:
         self.model = model
         self.fisher = fisher
+        self.name = fisher.name  # read by hooks that are traced
         self.attributions = attributions
         self.every = every
         self.suspensions = 0  # by passes of the library's own
@@ -312,7 +313,7 @@ class _Begin(OwnHook):
     @uncompiled
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if being_compiled():
-            if may_break_graph():
+            if may_break_graph(self.owner.name):
                 leave_graph()
             return
         eager, fisher, recorded = EagerSection(), self.owner.fisher, False
@@ -329,7 +330,7 @@ class _End(OwnHook):
     @uncompiled
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         if being_compiled():
-            if may_break_graph():
+            if may_break_graph(self.owner.name):
                 leave_graph()
             return
         sections: list[EagerSection] = []  # of a forward that is recorded the forward's own

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._arguments import require_one_of
 from .._sharing import counted_once
+from .._torch.compile import in_whole_graph
 from .._torch.several import divide_each
 from ..errors import AttributionError, NonFiniteError, ProbeStateError, SecorderError
 from ..oneshot.trace import Trace
@@ -177,6 +178,8 @@ def readable(fisher: OnlineFisher, missing: Missing, read: Read | None) -> tuple
                 raise _unseen(fisher, window, name)
         if any(sums.batches for sums in window.sums.values()):
             raise ProbeStateError(f"nothing is accumulated yet: every gradient so far held nan or inf: {_NOT_FINITE}")
+        if in_whole_graph(fisher.name):
+            fisher.troubles.saw("compiled")
         trained = [x.name for x in fisher.layers if any(map(fisher.uncalled.changed, x.parameters.values()))]
         raise ProbeStateError(fisher.troubles.nothing_accumulated(fisher.model, trained))
     chosen = {}

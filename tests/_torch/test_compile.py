@@ -14,6 +14,7 @@ from secorder._torch.compile import (
     being_compiled,
     hooks_prevent_compiling,
     in_compiled_backward,
+    in_whole_graph,
     is_traced,
     may_break_graph,
     never_compiled,
@@ -51,7 +52,21 @@ def test_nothing_is_compiled_in_an_eager_section() -> None:
     compiled(torch.ones(2))
     assert len(graphs) == 1
     assert not being_compiled()
-    assert not may_break_graph()
+    assert not may_break_graph("")
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_who_asks_in_a_whole_graph_is_noted(whole: bool) -> None:
+    def function(x: Tensor) -> Tensor:
+        return x.sin() if may_break_graph(f"asks where {whole}") else x.cos()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="eager", fullgraph=whole)
+    x = torch.ones(2)
+    assert torch.equal(compiled(x), x.cos() if whole else x.sin())
+    assert in_whole_graph(f"asks where {whole}") is whole
+    assert not in_whole_graph("does not ask")
     torch._dynamo.reset()
 
 

@@ -191,6 +191,27 @@ def test_what_the_users_hooks_keep_is_of_the_users_forwards() -> None:
     assert seen[0] == seen[1]
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_operations_are_counted_by_module_as_without_a_probe(whole: bool) -> None:
+    seen = []
+    for attached in (False, True):
+        seed()
+        model = Net(lambda m, x: m.b(m.a(x).tanh()), a=nn.Linear(4, 5), b=nn.Linear(5, 3))
+        probe = CurvatureProbe(model) if attached else None
+        for _ in range(4):
+            inputs, targets = data()
+            with FlopCounterMode(display=False) as counter:
+                loss = F.cross_entropy(model(inputs), targets)
+                if whole:
+                    loss.backward()
+            seen.append({name: dict(counts) for name, counts in counter.get_flop_counts().items()})
+            if not whole:
+                loss.backward()
+        assert probe is None or probe.num_samples == 24
+    assert seen[:4] == seen[4:]
+    assert {"Net", "Net.a", "Net.b"} <= seen[0].keys()
+
+
 @pytest.mark.parametrize("where", ["inside", "around"])
 def test_a_second_backward_through_a_checkpoint(where: str) -> None:
     """The layers save as many tensors as at first, though nothing is counted again."""
