@@ -191,7 +191,7 @@ class Attachment:
         self.counts[self.model.training] = count + 1
         if count % self.every:
             return False
-        if computes_by_its_hooks(self.model) and not differentiable(self.model, (args, kwargs)):
+        if not differentiable(self.model, (args, kwargs)):
             saw("no gradient")
             return False
         if eager.within_compiled_code():
@@ -306,7 +306,7 @@ class Attachment:
 
 def differentiable(model: nn.Module, arguments: Any) -> bool:
     """Whether a backward may follow a forward."""
-    return any(t.requires_grad for t in (*model.parameters(), *tensors_in(arguments)))
+    return any(p.requires_grad for p in model.parameters()) or any(t.requires_grad for t in tensors_in(arguments))
 
 
 class _Begin(OwnHook):

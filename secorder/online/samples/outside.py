@@ -15,10 +15,7 @@ from ...oneshot.isolation import IsolatedModel, isolate
 
 
 def without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any) -> set[str]:
-    """Frozen layers whose output carries no gradient in the model as it is, or that it does not even call.
-
-    No layer at all where no backward can follow, as while all is frozen.
-    """
+    """Frozen layers whose output carries no gradient in the model as it is, or that it does not even call."""
     frozen = [x for x in layers if not any(p.requires_grad for p in x.parameters.values())]
     if not frozen:
         return set()
@@ -29,8 +26,8 @@ def without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any) 
             missing.discard(name)
 
     with isolate(model, None, []) as isolated, outputs_seen([(x.name, x.enclosing) for x in frozen], see):
-        output = isolated.run(lambda copied: model(*copied[0], **copied[1]), arguments)
-    return missing if any(t.requires_grad for t in tensors_in(output)) else set()
+        isolated.run(lambda copied: model(*copied[0], **copied[1]), arguments)
+    return missing
 
 
 def uses_outside(isolated: IsolatedModel, layers: Sequence[Layer], users: Users) -> set[str]:
