@@ -31,7 +31,7 @@ from .samples.attribution import Attribution
 from .samples.hypotheses import shapes_of
 from .samples.linear_backward import NOT_LINEAR
 from .samples.relation import Shape, explain, whole_call
-from .troubles import OPEN, OUTSIDE, coupled
+from .troubles import OPEN, OUTSIDE, coupled, no_dimension
 
 if TYPE_CHECKING:
     from .hooks import Attachment
@@ -274,7 +274,9 @@ def _fall_back(
     layouts = [_output_layout(found, i, shape, record) for i, shape in enumerate(outputs)]
     closed = found.closed or fisher.penalty is not None
     if not closed or all(layout is None for layout in layouts):
-        fisher.troubles.leave_out(record, [x.name for x in able], _no_dimension(record, able[0]) if closed else OPEN)
+        fisher.troubles.leave_out(
+            record, [x.name for x in able], no_dimension(record, record.fallback[0]) if closed else OPEN
+        )
         return
     for layer in record.fallback:
         record.layers[layer.name].layouts = [layouts]
@@ -291,18 +293,9 @@ def _unknown(fisher: OnlineFisher, record: ForwardRecord, attribution: Attributi
     if layer.name in attribution.not_linear:
         reason = NOT_LINEAR
     else:
-        reason = OUTSIDE if layer.name in attribution.outside else _no_dimension(record, layer)
+        reason = OUTSIDE if layer.name in attribution.outside else no_dimension(record, layer)
     record.leave_out([layer.name])
     fisher.troubles.leave_out(record, record.attribution.owners(layer.name), reason)
-
-
-def _no_dimension(record: ForwardRecord, layer: Layer) -> str:
-    shapes = [shape for call in record.layers[layer.name].calls for shape in call]
-    return (
-        f"it returned {shapes} for a batch of {record.num_samples} samples, and no dimension of it holds them (a row "
-        "that all samples share, rows that depend on data, samples in another dimension of the model's inputs, or in "
-        "none: see sample_dim): leave the layer out with layers=, or measure it with a one-shot call."
-    )
 
 
 def _require_present(fisher: OnlineFisher, record: ForwardRecord) -> None:

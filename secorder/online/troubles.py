@@ -10,6 +10,7 @@ from .._caution import caution
 from .._torch.saved_tensors import stops_recomputation
 from .._torch.surroundings import count_modes, out_of_sight
 from ..errors import AttributionError, CouplingError, NonFiniteError, SecorderError
+from ..layers.selection import Layer
 from .record import ForwardRecord
 from .samples.attribution import Attribution
 from .samples.relation import Shape
@@ -97,6 +98,12 @@ _IN_ITS_PLACE = (
 )
 _NEVER_CALLED = f"The model that the probe is attached to was not called: {_IN_ITS_PLACE}"
 _BY_OTHERS = f"Its parameters got gradients, or other values, all the same. If they were trained: {_IN_ITS_PLACE}"
+
+_RUN_AGAIN = (
+    "its calls do not tell its per-sample gradients, and {}, which would run again for them, returned {} for a batch "
+    "of {} samples, without a dimension that holds them, such as the loss of a batch: compute the loss from what the "
+    "model returns, leave the layer out with layers=, or measure it with a one-shot call."
+)
 
 
 class Troubles:
@@ -235,3 +242,15 @@ def coupled(troubles: Troubles, found: Attribution, shapes: Sequence[Shape]) -> 
     if troubles.strict:
         raise CouplingError(reason)
     return reason
+
+
+def no_dimension(record: ForwardRecord, layer: Layer) -> str:
+    """That of the calls of a layer, or of the module that would run again for it, no dimension holds the samples."""
+    shapes = [shape for call in record.layers[layer.name].calls for shape in call]
+    if layer.enclosing is not layer.module:
+        return _RUN_AGAIN.format(type(layer.enclosing).__name__, shapes, record.num_samples)
+    return (
+        f"it returned {shapes} for a batch of {record.num_samples} samples, and no dimension of it holds them (a row "
+        "that all samples share, rows that depend on data, samples in another dimension of the model's inputs, or in "
+        "none: see sample_dim): leave the layer out with layers=, or measure it with a one-shot call."
+    )

@@ -131,3 +131,27 @@ def test_a_verification_batch_that_ends_in_nan_raises_where_that_is_asked_for() 
             model(inputs * torch.nan)
         step(model, (inputs, targets))
         assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, (inputs, targets)))
+
+
+class Squares(torch.autograd.Function):
+    """The mean square of products with a weight, as fused losses of a head have it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return (x @ weight.T).square().mean()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        z = x @ weight.T
+        return 2 * g * z @ weight / z.numel(), 2 * g * z.T @ x / z.numel()
+
+
+def test_of_a_loss_in_a_function_of_its_own_it_is_said_that_the_model_returns_no_samples() -> None:
+    model = Net(lambda m, x: Squares.apply(m.body(x), m.head.weight), body=nn.Linear(4, 3), head=nn.Linear(3, 2))
+    with CurvatureProbe(model, reduction="mean") as probe:
+        for size in (4, 4, 3):
+            model(torch.randn(size, 4)).backward()
+        with pytest.raises(AttributionError, match=r"'head'.*Net, which would run again for them, returned \[\(\)\]"):
+            probe.fisher_diagonal()
