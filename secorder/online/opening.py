@@ -156,7 +156,8 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
         kind = made, *last, *[number - record.began for number in record.path]
         if found is None and attachment.attributions.graphs.is_new(kind):
             found = look_at_other_kind(attachment, record, start, output, unexplained)
-        attachment.attributions.graphs.saw(kind)
+        if found is not None:
+            attachment.attributions.graphs.saw(kind)
     if unexplained and start is not None:
         if found is None and _may_be_told(fisher, record.attribution, unexplained):
             found = look_again(attachment, start)

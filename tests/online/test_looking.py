@@ -101,3 +101,28 @@ def test_a_branch_that_is_drawn_is_looked_at_as_it_was_drawn() -> None:
             assert not unreadable(probe._fisher)
     assert not any(mixes) or unreadable(probe._fisher).keys() == {"a", "b"}
     probe.detach()
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [0, 0, "nan", 0, -9],  # the look at the third tells nothing
+        [0, 0, 1, 0, 2, 3, 4, 0, 5, 6, 7, 8, 9, 10, 11, 0, -9, -9, -9, -9, -9],  # nobody looks at the 17th
+    ],
+    ids=["not finite", "one of many"],
+)
+def test_a_structure_that_no_look_has_told_of_is_not_taken_for_known(turns: list[Any]) -> None:
+    def forward(m: Any, x: Tensor, turns: int) -> Tensor:
+        h = torch.tanh(m.a(x))
+        for _ in range(abs(turns)):
+            h = torch.tanh(h) if turns > 0 else h - h.mean(0)
+        return m.b(h)
+
+    model = Net(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+    with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings():
+        warnings.simplefilter("ignore", CurvatureWarning)
+        for number in turns:
+            x = torch.randn(6, 4) * (torch.nan if number == "nan" else 1.0)
+            z = model(x, -9 if number == "nan" else number)
+            nn.functional.cross_entropy(z, torch.randint(3, (6,))).backward()
+        assert unreadable(probe._fisher).keys() == {"a", "b"}
