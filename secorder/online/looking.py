@@ -80,17 +80,25 @@ def look_at_other_kind(
 ) -> Attribution | None:
     """Look at a batch whose forward is made of other operations than those of the batches that were looked at.
 
-    Of layers that are ``untold`` nothing was taken for granted.
+    Of layers that are ``untold`` nothing was taken for granted, and what other operations have told otherwise, such as
+    where a checkpoint hides them, is no row that has moved.
     """
     fisher = attachment.fisher
     found = None if start.overwritten() else look_again(attachment, start)
     if found is None or found.unclear or found.undecided:
         return None
+    untold = [*untold, *told_otherwise(record, found)]
     _warn_of(fisher, attachment.attributions, record.attribution, found, record.shapes, untold)
     if found.coupled and not found.normalised:
         fisher.troubles.mark(fisher.by_layer, coupled(fisher.troubles, found, record.shapes))
     watch_beside(fisher, output, found.coupling, found.unreduced)
     return found
+
+
+def told_otherwise(record: ForwardRecord, found: Attribution) -> list[Layer]:
+    """The layers that another look measures in another way than that by which a record was begun."""
+    now = {layer.name: layer.strategy for layer in found.layers}
+    return [x for x in record.attribution.layers if now.get(x.name, x.strategy) != x.strategy]
 
 
 def _reduction(fisher: OnlineFisher) -> Any:

@@ -22,7 +22,7 @@ from .exchanged import refresh, tell_of_new
 from .finite import finite
 from .fisher import OnlineFisher
 from .layer_record import Start
-from .looking import look_again, look_at_other_kind, look_before
+from .looking import look_again, look_at_other_kind, look_before, told_otherwise
 from .losses.reduction import weights_of
 from .losses.watching import watch_losses, watches
 from .operations import explain_uses, follow, hook_uses
@@ -156,6 +156,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
         kind = made, *last, *[number - record.began for number in record.path]
         if found is None and attachment.attributions.graphs.is_new(kind):
             found = look_at_other_kind(attachment, record, start, output, unexplained)
+            unexplained += [] if found is None else [x for x in told_otherwise(record, found) if x not in unexplained]
         if found is not None:
             attachment.attributions.graphs.saw(kind)
     if unexplained and start is not None:
