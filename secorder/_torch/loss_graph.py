@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .graph import (
     Node,
@@ -32,10 +32,15 @@ class UnknownNode(Exception):
     """A node that is not run by itself: a custom function's, a script's, or one that a checkpoint computes again."""
 
 
-def place_of(tensor: Tensor) -> Place:
-    """Where the graph knows a tensor."""
-    edge = get_gradient_edge(tensor)
+def place_of(tensor: Tensor | GradientEdge) -> Place:
+    """Where the graph knows a tensor, or what stands for it where a backward pass begins."""
+    edge = get_gradient_edge(tensor) if isinstance(tensor, Tensor) else tensor
     return edge.node, edge.output_nr
+
+
+def made_by(end: Tensor | GradientEdge) -> Node | None:
+    """The node at which a backward pass begins; None of what has no graph."""
+    return end.grad_fn if isinstance(end, Tensor) else end.node
 
 
 @collection_paused()

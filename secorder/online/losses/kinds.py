@@ -4,13 +4,14 @@ Of how many operations it is made, and what the last of them are, the host knows
 What it divides by, where that is a number of targets, the device knows: it goes on as at the looks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..._torch.graph import Node, nodes_made, packed, saved, shape_of, signed
+from ..._torch.loss_graph import made_by
 from ..._torch.loss_terms import ARITHMETIC, MEAN, divides_by_tensor
 from ..doubts import Doubts
 from ..record import ForwardRecord
@@ -58,8 +59,12 @@ def kind_of(record: ForwardRecord, ends: Sequence[Tensor], forwards: int) -> Kin
     """The kind of a loss, behind so many forwards of which this is the latest."""
     key: list[Any] = [forwards, nodes_made() - record.ended]
     means, divisions = [], []
-    for node, name in _last(ends):
+    last = [node for node in map(made_by, ends) if node is not None]
+    for node in last:  # which grows
+        name = node.name()
         key.append(name)
+        if name in _ARITHMETIC:
+            last.extend([x for x, _ in node.next_functions if x is not None and len(last) < MOST])
         if name == "MeanBackward0":
             key.append(prod(shape_of(*node.next_functions[0])) % record.num_samples)
         elif name in _OF_TARGETS:
@@ -76,13 +81,3 @@ def kind_of(record: ForwardRecord, ends: Sequence[Tensor], forwards: int) -> Kin
         elif name not in _ARITHMETIC:
             key.append(getattr(node, "_saved_reduction", None))
     return Kind(tuple(key), means, divisions)
-
-
-def _last(ends: Sequence[Tensor]) -> Iterator[tuple[Node, str]]:
-    """What a loss is computed by last, with the names."""
-    found = [t.grad_fn for t in ends if t.grad_fn is not None]
-    for node in found:  # which grows
-        name = node.name()
-        yield node, name
-        if name in _ARITHMETIC:
-            found.extend([x for x, _ in node.next_functions if x is not None and len(found) < MOST])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.graph import Node, shape_of
-from ..._torch.loss_graph import Place, elements_of, nodes_between, place_of, pull_back
+from ..._torch.loss_graph import Place, elements_of, made_by, nodes_between, place_of, pull_back
 from .marks import Output
 
 #: Numbers between loss and outputs, at most: so many, or so many times those of the outputs.
@@ -42,7 +42,7 @@ class SeenLoss:
 
 def roots_of(ends: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> dict[Place, Tensor]:
     """Where a backward pass begins, and the gradients that it begins with."""
-    pairs = [(t, g) for t, g in zip(ends, gradients, strict=True) if t.grad_fn is not None]
+    pairs = [(t, g) for t, g in zip(ends, gradients, strict=True) if made_by(t) is not None]
     return {place_of(t): torch.ones_like(t) if g is None else g.detach() for t, g in pairs}
 
 

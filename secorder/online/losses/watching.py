@@ -182,16 +182,23 @@ def _begins_otherwise(own: "Attachment", ends: Sequence[Tensor], gradients: Sequ
         return True
     if record.thread != threading.get_ident():
         return True
-    kind = kind_of(record, ends, own.forwards)
-    if not fisher.losses.is_new(kind.key):
-        even = fisher.losses.found(kind.key)
-        if even is not None and fisher.reduction == "mean" and (kind.means or True in even):
-            fisher.troubles.guarded(None, (), kind.expect, even, record.num_samples, fisher.doubts)
-        own.forwards = 0
-        return True
-    own.wanted = own.forwards > 1 or not fisher.troubles.guarded(None, (), _look_or_say, own, record, ends, gradients)
+    fisher.troubles.guarded(None, (), _look_if_other, own, record, ends, gradients)
     own.forwards = 0
     return True
+
+
+def _look_if_other(
+    own: "Attachment", record: ForwardRecord, ends: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> None:
+    """Look at a loss of a kind that no look has seen; of another, expect what counts of it to go on as there."""
+    fisher, kind = own.fisher, kind_of(record, ends, own.forwards)
+    if fisher.losses.is_new(kind.key):
+        own.wanted = True
+        own.wanted = own.forwards > 1 or not _look_or_say(own, record, ends, gradients)
+    elif fisher.reduction == "mean":
+        even = fisher.losses.found(kind.key)
+        if even is not None and (kind.means or True in even):
+            kind.expect(even, record.num_samples, fisher.doubts)
 
 
 def _look_or_say(

@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from secorder import AttributionError, CurvatureProbe
 from secorder._torch.graph import tells_recomputation
 
-from ...helpers import Net, mlp
+from ...helpers import Net, mlp, no_warnings
+from ...reference import assert_all_close
 from ..loops import Followed, follow
 
 pytestmark = [
@@ -182,3 +184,15 @@ def test_losses_of_several_forwards_are_looked_at_when_they_come_again() -> None
             backward(joined=number > 9)
         with pytest.raises(AttributionError, match="couples"):
             probe.fisher_diagonal()
+
+
+def test_a_backward_pass_that_begins_at_the_edge_of_a_graph() -> None:
+    model, x, t = mlp(), torch.randn(6, 4), torch.randint(3, (6,))
+    with CurvatureProbe(model, reduction="mean") as probe, no_warnings():
+        for _ in range(6):
+            loss = F.cross_entropy(model(x), t)
+            torch.autograd.backward([get_gradient_edge(loss)], [torch.ones_like(loss)])
+        found = probe.fisher_diagonal().by_parameter()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        F.cross_entropy(model(x), t).backward()
+        assert_all_close(found, probe.fisher_diagonal().by_parameter())
