@@ -201,10 +201,15 @@ def _settle_together(attachment: "Attachment", ranks: Ranks, record: ForwardReco
 
 def _may_be_told(fisher: OnlineFisher, found: Attribution, layers: Sequence[Layer]) -> bool:
     """Whether another verification may tell of layers: of one that is not refused anyway, nor sought in vain."""
-    nowhere = not (found.closed or fisher.penalty) or all(layout is None for layout in found.outputs)
+    nowhere = not _tells(fisher, found) or all(layout is None for layout in found.outputs)
     untold = [x.name for x in layers if x.name in found.unknown and x.enclosing is fisher.model]
     in_vain = found.not_linear | {name for name in untold if nowhere or found.sharing(name)}
     return any(x.name not in in_vain and x.name not in fisher.troubles.marks for x in layers)
+
+
+def _tells(fisher: OnlineFisher, found: Attribution) -> bool:
+    """Whether the outputs that hold samples tell all of the loss, but for a penalty that is known to be in it."""
+    return found.made_of == "ends" or (fisher.penalty is not None and found.made_of == "parameters")
 
 
 def _explain(record: ForwardRecord, attribution: Attribution) -> list[Layer]:
@@ -274,11 +279,10 @@ def _fall_back(
     calls = record.layers[record.fallback[0].name].calls
     outputs = calls[0] if calls else ()
     layouts = [_output_layout(found, i, shape, record) for i, shape in enumerate(outputs)]
-    closed = found.closed or fisher.penalty is not None
-    if not closed or all(layout is None for layout in layouts):
-        fisher.troubles.leave_out(
-            record, [x.name for x in able], no_dimension(record, record.fallback[0]) if closed else OPEN
-        )
+    nowhere = all(layout is None for layout in layouts)
+    if nowhere or not _tells(fisher, found):
+        reason = no_dimension(record, record.fallback[0]) if nowhere else OPEN
+        fisher.troubles.leave_out(record, [x.name for x in able], reason)
         return
     for layer in record.fallback:
         record.layers[layer.name].layouts = [layouts]

@@ -244,3 +244,21 @@ def test_a_penalty_of_weights_in_the_loss_that_a_model_returns() -> None:
         _pages(model, batches[0]).backward()
     with pytest.raises(AttributionError, match=r'made of more than the outputs .* pass penalty="shared"'):
         probe.fisher_diagonal()
+
+
+@pytest.mark.parametrize("penalty", [None, "shared"])
+@pytest.mark.parametrize(
+    "change",
+    [Tensor.clone, Tensor.detach, lambda z: z[:, :1], lambda z: z.softmax(1)],
+    ids=["clone", "detach", "slice", "softmax"],
+)
+def test_a_loss_that_is_made_of_what_the_model_does_not_return_is_no_penalty(
+    change: Callable[[Tensor], Tensor], penalty: Any
+) -> None:
+    class Changed(Pages):
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+            output = super().forward(x, y)
+            return {**output, "logits": change(output["logits"])}
+
+    came = follow(Changed("decayed loss"), _of_pages(3, 4, 3, 5), _pages, penalty=penalty)
+    assert "page" in came.refused.keys() | came.left_out.keys()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -31,9 +31,8 @@ class Attribution:
     known: Mapping[str, tuple[Verified, ...]] = field(default_factory=dict)  #: by layer, the calls that were verified
     #: for each of the model's outputs in this batch, where the samples are in it
     outputs: tuple[Layout | None, ...] = ()
-    closed: bool = (
-        True  #: whether a number beside, such as a loss, is made of those that have samples, and of nothing else
-    )
+    #: what numbers beside, such as a loss, are made of: of those that have samples alone; of parameters, too; of more
+    made_of: Literal["ends", "parameters", "more"] = "ends"
     unknown: frozenset[str] = frozenset()  #: layers of whose calls no dimension was found to hold the samples
     #: those of them whose gradients are not in proportion to those on the model's outputs; see :mod:`.linear_backward`
     not_linear: frozenset[str] = frozenset()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -75,13 +75,36 @@ class ForwardGraph:
         return self.users.keys() - users_of([f for f, _ in self.ends]).keys()
 
     @cached_property
-    def closed(self) -> bool:
-        """Whether numbers beside, such as a loss that the model returns, are made of the ends and constants alone."""
-        places = {place for f, _ in self.ends for place in (lasting_place(f), (f.grad_fn, f.output_nr))}
-        numbers = [t for t in tensors_in(self.output) if t.numel() == 1 and (t.grad_fn, t.output_nr) not in places]
-        beside = self.beside & users_of(numbers, [f for f, _ in self.ends]).keys() if numbers else ()
+    def made_of(self) -> Literal["ends", "parameters", "more"]:
+        """What numbers beside, such as a loss that the model returns, are made of: of the ends and constants alone?
+
+        Or of parameters, too, from which no operation leads to the ends as well (a penalty)?
+        """
+        if not self._more and (self.ends or not self._numbers):
+            return "ends"
+        return "parameters" if self.ends and not any(node.next_functions for node in self._more) else "more"
+
+    @cached_property
+    def _places(self) -> set[tuple[Node | None, int]]:
+        return {place for f, _ in self.ends for place in (lasting_place(f), (f.grad_fn, f.output_nr))}
+
+    @cached_property
+    def _numbers(self) -> list[Tensor]:
+        """The numbers beside."""
+        return [
+            t
+            for t in tensors_in(self.output)
+            if t.numel() == 1 and t.requires_grad and (t.grad_fn, t.output_nr) not in self._places
+        ]
+
+    @cached_property
+    def _more(self) -> list[Node]:
+        """What numbers beside are made of that are not the ends."""
+        numbers = self._numbers
+        beside = self.beside & users_of(numbers, [f for f, _ in self.ends]).keys() if numbers else frozenset()
         leads_to = [edge for node in beside for edge in node.next_functions or ((node, 0),)]
-        return all(x in places or x[0] is None or (x[0] in beside and x[0].next_functions) for x in leads_to)
+        others = [x[0] for x in leads_to if x[0] is not None and x not in self._places]
+        return [node for node in others if node not in beside or not node.next_functions]
 
     @cached_property
     def added(self) -> set[Node]:

@@ -219,14 +219,15 @@ def _attribute(
             outside = set() if ranks is not None else uses_outside(isolated, layers, graph.users)
             outside |= {x.name for x in layers if x.enclosing is not model} & set(recording.watch.differentiated)
             trial = Trial(forward, arguments, hypothesis)
-            rest = [x for x in layers if x.rule is not None or x.enclosing is not model or not graph.ends]
+            again = [x for x in layers if x.rule is None and x.enclosing is model and graph.ends]
+            rest = [x for x in layers if x not in again]
             found = rows_of_layers([z for z in seen if z.layer in rest], rest, trial, graph, ranks)
             if found is None:
                 return Attribution(dims=hypothesis.dims, coupled=True, changing=changing), None
         routable = _may_route(asked, every, watched.selections, hypothesis)
         routed = routed_outputs(layers, trial) if routable and layers else {}
         found.unknown |= {x.name for x in rest} & routed.keys()
-        closed = _of_the_model([x for x in layers if x not in rest], trial, graph, routed, found)
+        whole = _of_the_model(again, trial, graph, routed, found)
         uses = _uses(asked, operated, layers, isolated, trial, graph, routable)
         coupled = _coupling(asked, trial, graph, beside) if chosen is None else frozenset()
         attribution = _concluded(asked, hypothesis, options, found, uses)
@@ -239,27 +240,29 @@ def _attribute(
         changing=changing,
         selections=watched.selections,
         coupling=coupled,
-        closed=closed,
+        made_of=whole.made_of,
     ), choice
 
 
 def _of_the_model(
     layers: Sequence[Layer], trial: Trial, graph: ForwardGraph, routed: Mapping[str, Collection[int]], found: Rows
-) -> bool:
+) -> ForwardGraph:
     """Enter layers for which the whole model runs again: samples are where they are in its outputs, if these tell all.
 
-    What comes to an output that has none (the loss), or whose rows depend on data, is to come through the others.
+    What comes to an output that has none (the loss), or whose rows depend on data, is to come through the others. The
+    graph that is returned tells whether it does.
     """
-    closed, outputs = (_whole_graph(trial, graph) if layers else graph).closed, floating(graph.output)
+    graph = _whole_graph(trial, graph) if layers else graph
+    outputs = floating(graph.output)
     for layer in layers:
         data = routed.get(layer.name, ())
-        told = [o[0] if o and closed and i not in data else None for i, o in enumerate(graph.options)]
+        told = [o[0] if o and graph.made_of == "ends" and i not in data else None for i, o in enumerate(graph.options)]
         if told.count(None) < len(told):
             found.known[layer.name] = [(x, i, tuple(outputs[i].shape)) for i, x in enumerate(told)]
             found.reached.add(layer.name)
         else:
             found.unknown.add(layer.name)
-    return closed
+    return graph
 
 
 def _not_linear(
