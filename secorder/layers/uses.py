@@ -50,8 +50,9 @@ MOVES = frozenset(MAPS) - {
     "AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "EmbeddingBackward0", "IndexBackward0",
 }  # fmt: skip
 
-#: Operations that are followed from one layer's parameters, at most.
-MOST = 400
+#: Operations that are followed from one layer's parameters, at most; and those of them that have no map, so that every
+#: use runs their backwards for all samples: from so many on, a module that runs again costs less.
+MOST, MOST_RUN = 400, 64
 
 
 @dataclass(eq=False, slots=True)
@@ -93,6 +94,7 @@ def find_uses(
     found = Uses(leaves, {node: (name,) for node, name in leaves.items()})
     waiting: list[Node] = list(leaves)
     uses: dict[Node, Use] = {}
+    num_run = 0
     for node in waiting:  # which grows meanwhile
         route, taken = found.followed[node], users.get(node, ())
         if not taken and node not in leaves:
@@ -111,7 +113,8 @@ def find_uses(
                 use.routes.append(here)
                 use.sources[index] = (node, user.next_functions[index][1])
             elif user not in found.followed:
-                if len(found.followed) > MOST:
+                num_run += not (moves or name in MAPS)
+                if len(found.followed) > MOST or num_run > MOST_RUN:
                     return None
                 found.followed[user] = here
                 waiting.append(user)

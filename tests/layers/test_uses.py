@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +13,7 @@ from secorder.layers.layout import Layout
 from secorder.layers.operations import OperationCall
 from secorder.layers.per_sample import Outer, dense
 from secorder.layers.uses import (
+    MOST_RUN,
     Later,
     Piece,
     Use,
@@ -53,6 +55,18 @@ def test_a_parameter_that_reaches_the_output_has_no_use() -> None:
     w = torch.randn(3, requires_grad=True)
     assert routes(w.exp(), {("w", "ExpBackward0 0")}, w=w) is None
     assert routes(torch.randn(3, requires_grad=True).exp(), set(), w=w) == []
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_a_long_way_of_operations_without_a_map_is_not_followed(more: bool) -> None:
+    """As of the states of packed sequences: each use would run all their backwards for all samples."""
+    w = torch.randn(4, 3, requires_grad=True)
+    v, route, followed = w, ("w",), set()
+    for name in ["AddBackward0"] * 100 + ["TanhBackward0"] * (MOST_RUN + more):
+        v, route = 1 + v if name == "AddBackward0" else v.tanh(), (*route, f"{name} 0")
+        followed.add(route)
+    found = routes(torch.randn(5, 3) @ v.t(), followed, w=w)
+    assert found == (None if more else [(*route, "MmBackward0 1")])
 
 
 def test_what_a_checkpoint_computes_again_is_hidden() -> None:
