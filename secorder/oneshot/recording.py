@@ -77,7 +77,8 @@ class Recording:
             raise AttributionError(
                 f"layer {min(self.hidden)!r} runs inside a function that starts a backward pass of its own (a "
                 "reentrant checkpoint, reversible layers), which hides it from torch.autograd.grad: use "
-                "torch.utils.checkpoint.checkpoint with use_reentrant=False, or let a probe measure it in training."
+                "torch.utils.checkpoint.checkpoint with use_reentrant=False, or let a probe measure its Fisher in "
+                "training."
             )
 
 
