@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._torch.expected_draws import ExpectedDraws
+from ..._torch.expected_draws import MIDDLE, ExpectedDraws
 from ..._torch.modules import evaluating
 from ..._torch.pytree import tensors_in
 from ..._torch.random_state import fresh_generator
@@ -38,6 +38,9 @@ from .hypotheses import (
 
 #: Later looks change some samples so often: enough to see a coupling that is new; rows are verified besides.
 TRIALS = 1
+
+#: Quantiles of random numbers at which, too, samples are to stay apart.
+RARE = (0.01, 0.99)
 
 
 @dataclass(frozen=True)
@@ -162,23 +165,28 @@ def _separates(trial: Trial, base: Sequence[Tensor], masks: Sequence[Tensor]) ->
     """:func:`separates`, also where data tells how many random numbers are drawn; the hypothesis says whether it does.
 
     Such as of dropout on the tokens that an expert gets: one sample's are drawn before another's, which gets others
-    then. With what is expected of them the others' outputs stay.
+    then. With what is expected of them the others' outputs stay; and with what is rare, since a mean of zero, or a coin
+    that shows what it mostly does, hides what it is multiplied by, or chooses.
     """
     found = separates(trial, base, masks)
     if found is not None:
         return trial.hypothesis, found
     drawn: set[tuple[tuple[int, ...], ...]] = set()
 
-    def expected(arguments: Any) -> Any:
-        with ExpectedDraws() as draws:
-            result = trial.forward(arguments)
-        drawn.add(draws.sizes)
-        return result
+    def steady(at: float) -> Separation | None:
+        def forward(arguments: Any) -> Any:
+            with ExpectedDraws(at) as draws:
+                result = trial.forward(arguments)
+            drawn.add(draws.sizes)
+            return result
 
-    steady = trial._replace(forward=expected)
-    outputs = steady.outputs_changed(torch.zeros_like(masks[0]))
-    found = separates(steady, outputs, masks) if outputs is not None and drawn != {()} else None
-    return trial.hypothesis._replace(shifting=True), found if len(drawn) > 1 else None
+        fixed = trial._replace(forward=forward)
+        outputs = fixed.outputs_changed(torch.zeros_like(masks[0]))
+        return separates(fixed, outputs, masks) if outputs is not None and drawn != {()} else None
+
+    found = steady(MIDDLE)
+    holds = found is not None and len(drawn) > 1 and None not in map(steady, RARE)
+    return trial.hypothesis._replace(shifting=True), found if holds else None
 
 
 def _each_is_of_one(asked: Question, forward: Any, base: Sequence[Tensor], usual: Hypothesis) -> bool:

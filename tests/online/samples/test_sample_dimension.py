@@ -231,8 +231,18 @@ def test_a_loss_that_a_model_with_such_experts_returns() -> None:
 
 @pytest.mark.parametrize(
     "mixed",
-    [lambda h: h + 0.3 * h.roll(1, 0), lambda h: h - h.mean(0).detach(), lambda h: h / (1 + h.detach().abs().amax())],
-    ids=["neighbours", "mean", "largest"],
+    [
+        lambda h: h + 0.3 * h.roll(1, 0),
+        lambda h: h - h.mean(0).detach(),
+        lambda h: h / (1 + h.detach().abs().amax()),
+        lambda h: h + h.std(0) * torch.randn_like(h),
+        lambda h: h + h.std(0) * torch.empty_like(h).uniform_(-1, 1),
+        lambda h: h + h.detach().mean(0) * (torch.rand(h.shape).to(h) - 0.5),
+        lambda h: h + h.mean(0) * (F.dropout(torch.ones_like(h)) - 1),
+        lambda h: torch.where(torch.rand(len(h), 1, 1) < 0.1, h.mean(0), h),
+        lambda h: torch.where(torch.bernoulli(torch.full((len(h), 1, 1), 0.9)).bool(), h, h.mean(0)),
+    ],
+    ids=["neighbours", "mean", "largest", "noise", "jitter", "centred", "dropped", "seldom", "coins"],
 )
 def test_samples_that_influence_one_another_beside_such_experts(mixed: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)
