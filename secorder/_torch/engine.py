@@ -18,6 +18,9 @@ NO_BACKWARD = -1
 #: Whether the backward pass that runs now keeps what its nodes have saved, so that another may follow.
 graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 
+#: Whether it accumulates all gradients that it comes to: it is not ``torch.autograd.grad``, and has no ``inputs=``.
+accumulates_all: Callable[[], bool] = torch.autograd._is_checkpoint_valid
+
 #: Nodes from a layer's output to its parameter: a view, the product of matrices, the weight's transpose, the leaf.
 NEAR = 3
 

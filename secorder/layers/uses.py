@@ -147,9 +147,9 @@ def _parameter(node: Node, leaves: Mapping[Node, str]) -> Iterable[tuple[str, bo
             yield leaves[leaf], True
 
 
-def reentrant(users: Users) -> bool:
+def reentrant(nodes: Iterable[Node]) -> bool:
     """Whether a checkpoint of the reentrant kind hides a part of the graph."""
-    return True in ["CheckpointFunction" in type(node).__name__ for node in users]
+    return True in ["CheckpointFunction" in type(node).__name__ for node in nodes]
 
 
 def hidden(found: Uses) -> bool:

@@ -200,10 +200,6 @@ class Attributions:
             self._not_followed |= set(names)
             self.forget()
 
-    def gave_up_on(self, name: str) -> bool:
-        """Whether a layer's operations are hidden by a checkpoint."""
-        return name in self._not_followed
-
     def forget(self) -> None:
         """The model is not what it was: look again."""
         self._take_modules()

@@ -12,6 +12,7 @@ from .._arguments import listed
 from .._torch.compile import never_compiled
 from .._torch.engine import (
     accumulate_node,
+    accumulates_all,
     accumulates_into,
     current_backward,
     graph_is_kept,
@@ -19,7 +20,7 @@ from .._torch.engine import (
     will_accumulate,
 )
 from .._torch.fsdp import local, local_shape
-from .._torch.graph import number_of
+from .._torch.graph import current_node, nodes_behind, number_of
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.saved_tensors import (
     Kept,
@@ -34,6 +35,7 @@ from .._torch.surroundings import inside_transform
 from .._torch.views import lasting_place
 from ..errors import AttributionError
 from ..layers.selection import Layer
+from ..layers.uses import reentrant
 from ..parallel.tensor_parallel import Layouts, layouts
 from ..parallel.tensor_parallel import own as own_part
 from .backward import enter
@@ -279,9 +281,7 @@ class _ModuleGradient:
             parts = [x for x in parts if not record.layers[x.name].replaced]
         if not parts:
             return
-        # Where a checkpoint computes them again, it may be in a backward of its own that they get their gradient.
-        hidden = any(self.attachment.attributions.gave_up_on(x.name) for x in parts)
-        if not counts_in(fisher, record, [] if hidden else parts):
+        if not counts_in(fisher, record, parts):
             return
         total = total_of(g)
         if not enter(self.attachment, record):
@@ -306,13 +306,18 @@ def _unpacked(kept: Kept) -> tuple[Tensor, ...]:
 def counts_in(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[Layer], node: Any = None) -> bool:
     """Whether this backward is a training step of the layers, reaching ``.grad`` of one of their parameters.
 
-    For frozen layers: of any of the model's. ``node`` is where a parameter's gradient is accumulated, if known.
+    For frozen layers: of any of the model's. ``node`` is where a parameter's gradient is accumulated, if known; inside
+    of a checkpoint of the reentrant kind that is in a backward of its own.
     """
     if node is not None:
         counts = will_accumulate(node)
     else:
         own = [p for layer in layers for p in record.parameters(layer).values() if p.requires_grad]
-        counts = any(will_accumulate(accumulate_node(p)) for p in own or fisher.model.parameters() if p.requires_grad)
+        trained = own or [p for p in fisher.model.parameters() if p.requires_grad]
+        counts = any(will_accumulate(accumulate_node(p)) for p in trained)
+        if trained and not counts and accumulates_all():
+            within = record.backward is not None and not record.runs_in(current_backward())
+            counts = within or reentrant(nodes_behind([current_node()]))
     if not counts:
         names = [layer.name for layer in layers]
         for name in names:

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from secorder._torch.engine import (
     NO_BACKWARD,
     accumulate_node,
+    accumulates_all,
     accumulates_into,
     after_backward,
     current_backward,
@@ -106,12 +107,15 @@ def test_a_hook_before_all_others_that_change_the_gradient() -> None:
 def test_a_backward_that_leaves_out_a_part_of_the_graph() -> None:
     x, w = (torch.ones(2, requires_grad=True) for _ in range(2))
     y = w * x.sin()
-    found: list[bool] = []
-    y.grad_fn.register_prehook(lambda _: found.append(executes_all(current_node())))  # type: ignore[union-attr]
+    found: list[tuple[bool, bool]] = []
+    y.grad_fn.register_prehook(  # type: ignore[union-attr]
+        lambda _: found.append((executes_all(current_node()), accumulates_all()))
+    )
     y.sum().backward(retain_graph=True)
     y.sum().backward(inputs=[x, w], retain_graph=True)
+    torch.autograd.grad(y.sum(), w, retain_graph=True)
     y.sum().backward(inputs=[w])
-    assert found == [True, True, False]
+    assert found == [(True, True), (True, False), (False, False), (False, False)]
 
 
 def test_hooks_on_a_leaf() -> None:
