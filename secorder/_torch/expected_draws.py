@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from math import log
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ def _mask(at: float, p: float) -> float:
 
 
 def _normal(at: float, x: Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor:
-    return x.fill_(mean + std * NormalDist().inv_cdf(at))
+    at_unit = torch.special.ndtri(torch.tensor(at, dtype=torch.float64, device="cpu"))
+    return x.fill_(mean + std * float(at_unit))
 
 
 #: By operation that draws elements one by one, what it returns instead. A mask of dropout is one: it is divided by p.
