@@ -15,9 +15,10 @@ What they rely on, and why:
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -191,7 +192,7 @@ class Attachment:
         self.counts[self.model.training] = count + 1
         if count % self.every:
             return False
-        if not differentiable(self.model, (args, kwargs)):
+        if not differentiable(self.fisher.layers, self.model, (args, kwargs)):
             saw("no gradient")
             return False
         if eager.within_compiled_code():
@@ -304,9 +305,12 @@ class Attachment:
             record.handles.append(WatchedHooks(self.fisher, self.factors, self.model.modules()))
 
 
-def differentiable(model: nn.Module, arguments: Any) -> bool:
-    """Whether a backward may follow a forward."""
-    return any(p.requires_grad for p in model.parameters()) or any(t.requires_grad for t in tensors_in(arguments))
+def differentiable(layers: Sequence[Layer], model: nn.Module, arguments: Any) -> bool:
+    """Whether a backward may follow a forward; layers that are measured tell it most often, and the soonest."""
+    measured = (p for layer in layers for p in layer.parameters.values())
+    return any(t.requires_grad for t in chain(measured, model.parameters())) or any(
+        t.requires_grad for t in tensors_in(arguments)
+    )
 
 
 class _Begin(OwnHook):

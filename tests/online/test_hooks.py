@@ -309,3 +309,21 @@ def test_a_model_that_calls_itself_ends_once(around: Callable[[], AbstractContex
             assert not any(module._forward_hooks for module in model.children())
         assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
     assert probe.num_samples == 18
+
+
+def test_frozen_parts_are_not_gone_through_in_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*[nn.Linear(4, 4).requires_grad_(False) for _ in range(20)], nn.Linear(4, 3))
+    asked: list[str] = []
+
+    def named_parameters(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        asked.append(type(module).__name__)
+        return iter(())
+
+    with CurvatureProbe(model, reduction="mean") as probe:
+        for number in range(7):
+            with monkeypatch.context() as patch:
+                if number in (4, 5, 6):  # of which none is looked at
+                    patch.setattr(nn.Module, "named_parameters", named_parameters)
+                model(torch.randn(5, 4)).square().sum(1).mean().backward()
+        assert probe.num_samples == 35
+    assert not asked
