@@ -89,7 +89,7 @@ def layer_called(
             record.autocast_dtype = computed_in
     made_by = output.grad_fn
     assert made_by is not None
-    record.path.append(number_of(made_by))
+    record.path.append((number_of(made_by), type(inputs[0].grad_fn if inputs else None).__name__))
     if record.scheduled:
         mark_calls(attachment, record, layer.name, index, [output])
     node = accumulates_into((own.gathered or layer.parameters).values(), made_by)
@@ -177,10 +177,13 @@ def module_called(
             "measure them with one-shot calls."
         )
     # A checkpoint around the model keeps its arguments, too, and computes it again without this.
-    kept = keep(tensors_in(start.arguments), here=layer.enclosing is attachment.model)
+    inputs = list(tensors_in(start.arguments))
+    kept = keep(inputs, here=layer.enclosing is attachment.model)
     if index in own.hooked:
         return
     own.hooked.add(index)
+    behind = [type(t.grad_fn).__name__ for t in inputs]
+    record.path += [(number_of(t.grad_fn), *behind) for t in tensors if t.grad_fn is not None]
     arguments = map_tensors(lambda t: torch.empty(0, dtype=t.dtype, device=t.device), start.arguments)
     call = ModuleCall(arguments, start.state, index, gradients=[None] * len(tensors))
     gradient = _ModuleGradient(attachment, record, layer, call, kept)

@@ -153,7 +153,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     found = record.attribution if record.verified else None
     if start is not None:
         last = [t.grad_fn.name() for t in tensors_in(output) if t.grad_fn is not None]
-        kind = made, *last, *[number - record.began for number in record.path]
+        kind = made, *last, *[(number - record.began, *before) for number, *before in record.path]
         if found is None and attachment.attributions.graphs.is_new(kind):
             found = look_at_other_kind(attachment, record, start, output, unexplained)
             unexplained += [] if found is None else [x for x in told_otherwise(record, found) if x not in unexplained]

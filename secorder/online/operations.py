@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._torch.engine import current_backward, graph_is_kept, will_accumulate
-from .._torch.graph import Node, collection_paused, current_node, dtypes_of, users_of
+from .._torch.graph import Node, collection_paused, current_node, dtypes_of, number_of, users_of
 from .._torch.surroundings import inside_transform
 from ..layers.dtypes import compute_dtype
 from ..layers.layout import Layout
@@ -47,7 +47,10 @@ def follow(
         own = record.layers[layer.name]
         own.uses = None if out_of_sight else found
         own.unfollowed = own.uses is None
-        own.calls = [tuple(output.shape for output in use.outputs) for use in own.uses.uses] if own.uses else []
+        uses = own.uses.uses if own.uses else []
+        own.calls = [tuple(output.shape for output in use.outputs) for use in uses]
+        nodes = [use.node for use in uses]
+        record.path += [(number_of(x), *[type(before).__name__ for before, _ in x.next_functions]) for x in nodes]
     return checkpoints
 
 

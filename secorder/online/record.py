@@ -191,7 +191,8 @@ class ForwardRecord:
         #: why it is not known where samples are, said once a backward comes; else empty
         self.unattributed = unattributed
         self.thread = threading.get_ident()
-        self.path: list[int] = []  #: the numbers of the nodes that layers' calls have ended with
+        #: the numbers of the nodes that layers' calls have ended with, and the names of those that they began behind
+        self.path: list[tuple[Any, ...]] = []
         #: of the layers' hooks, while the forward runs
         self.handles: list[RemovableHandle | FirstHooks | WatchedHooks] = []
         self.layers: defaultdict[str, LayerRecord] = defaultdict(LayerRecord)  #: by name, what is known of each

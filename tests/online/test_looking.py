@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from secorder import CurvatureProbe, CurvatureWarning
 from secorder.online.reading import unreadable
 
-from ..helpers import Net
+from ..helpers import Exponential, Net
 from .loops import follow
 
 
@@ -66,6 +66,34 @@ def test_a_forward_of_another_structure_is_looked_at(once: Any, refused: set[str
         warnings.simplefilter("ignore", CurvatureWarning)
         came = follow(model, batches, lambda m, b: nn.functional.cross_entropy(m(b[0], b[2]), b[1]))
     assert came.refused.keys() == refused
+
+
+class Scaled(nn.Module):
+    """A factor that is seen by its operation; or a function of the user's own of it, so that the module runs again."""
+
+    def __init__(self, function: Any = None) -> None:
+        super().__init__()
+        self.factor, self.function = nn.Parameter(torch.randn(4)), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled: Tensor = x * (self.function(self.factor) if self.function else self.factor)
+        return scaled
+
+
+@pytest.mark.parametrize("kind", [lambda: nn.LayerNorm(4), Scaled, lambda: Scaled(Exponential.apply)])
+def test_a_forward_of_as_many_operations_that_gives_a_layer_its_rows_in_another_order(kind: Any) -> None:
+    def forward(m: Any, x: Tensor, now: Tensor) -> Tensor:
+        h = torch.tanh(m.a(x))
+        h = h.transpose(0, 1) if bool(now.any()) else h * 2
+        h = m.part(h)
+        return m.b(h.transpose(0, 1) if bool(now.any()) else h * 2).mean(1)
+
+    model = Net(forward, a=nn.Linear(4, 4), part=kind(), b=nn.Linear(4, 3))
+    batches = [(torch.randn(5, 5, 4), torch.randint(3, (5,)), torch.full((5,), number == 4)) for number in range(7)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CurvatureWarning)
+        came = follow(model, batches, lambda m, b: nn.functional.cross_entropy(m(b[0], b[2]), b[1]), layer_types="all")
+    assert came.refused.keys() == {"part"}
 
 
 def test_a_loss_that_the_model_returns_is_looked_at_where_it_ends_otherwise() -> None:

@@ -31,13 +31,16 @@ def explain(
     """The layout of a call by what was verified before; None where that does not explain its shape, or not in one way.
 
     The place is that of the output among those of the layer's calls; shapes of the model's arguments are of tensors.
+    Where a call with arguments of the same shapes was verified, it is one such that explains the shape; and no other
+    may explain it in another way, as that of a forward of other operations.
     """
     if num_samples == 1:
         return whole_call(shape)
     known = [seen for seen in known if seen.place == place] or known  # or a layer that is called more often
-    known = [seen for seen in known if seen.arguments == arguments] or known
-    layouts = {_explained(seen, shape, arguments, num_samples) for seen in known} - {None}
-    return layouts.pop() if len(layouts) == 1 else None
+    found = {seen: _explained(seen, shape, arguments, num_samples) for seen in known}
+    alike = [layout for seen, layout in found.items() if seen.arguments == arguments]
+    layouts = set(found.values()) - {None}
+    return layouts.pop() if len(layouts) == 1 and (not alike or any(alike)) else None
 
 
 def _explained(seen: Verified, shape: Shape, arguments: tuple[Shape, ...], num_samples: int) -> Layout | None:

@@ -31,6 +31,15 @@ def test_what_is_explained(
     assert explain([seen], 0, shape, arguments, count) == expected
 
 
+def test_forwards_of_other_operations_that_explain_a_shape_in_different_ways() -> None:
+    """Which of them this one is like is not told by shapes, also where one of them had the very same."""
+    row, column = Verified(Layout(), 0, (3, 3, 4), ((3, 3, 4),), 3), COLUMN
+    assert explain([row, column], 0, (3, 3, 4), ((3, 3, 4),), 3) is None
+    assert explain([row, column], 0, (3, 5, 4), ((5, 3, 4),), 5) == Layout(1)
+    assert explain([row, column._replace(place=1)], 0, (3, 3, 4), ((3, 3, 4),), 3) == Layout()
+    assert explain([row, ROWS], 0, (9, 4), ((3, 3, 4),), 3) is None  # with these arguments there were other rows
+
+
 def test_all_of_a_call_belongs_to_the_only_sample() -> None:
     assert explain([], 0, (7, 4), ((1, 7, 4),), 1) == whole_call((7, 4)) == Layout(0, 7)
     assert whole_call(()) is None
