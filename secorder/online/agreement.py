@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 def share_troubles(fisher: OnlineFisher, group: "Ranks | dist.ProcessGroup | None") -> None:
     """Mark the layers that another rank of the group cannot tell."""
-    marked = fisher.failures.counts.new_tensor([layer.name in fisher.troubles.marks for layer in fisher.layers])
+    marks = fisher.troubles.marks
+    marks.update(fisher.marked())
+    marked = fisher.failures.counts.new_tensor([layer.name in marks for layer in fisher.layers])
     own = torch.stack([fisher.failures.counts, marked]).clamp(max=1)
     found = (group.most(own) if isinstance(group, Ranks) else largest(own, group)).tolist()
     if not any(map(any, found)):
@@ -28,7 +30,7 @@ def share_troubles(fisher: OnlineFisher, group: "Ranks | dist.ProcessGroup | Non
     fisher.failures.counts.clamp_(min=fisher.failures.counts.new_tensor(found[0]))
     for layer, elsewhere in zip(fisher.layers, found[1], strict=True):
         if elsewhere:
-            fisher.troubles.marks.setdefault(layer.name, ELSEWHERE)
+            marks.setdefault(layer.name, ELSEWHERE)
 
 
 def opened_together(

@@ -33,6 +33,11 @@ HEADERS = {4: (5,), VERSION: (6,)}
 #: Before the keys of what was accumulated before the last look at a window.
 EARLIER = "earlier/"
 
+_UNTOLD = (
+    "what was accumulated of it before the state was saved is not to be told: reading it there says why; call reset() "
+    "and accumulate anew."
+)
+
 #: What to do with the state of another probe.
 _OTHER = "make the probe with the model and the options that the state is from."
 
@@ -58,10 +63,17 @@ def state_of(fisher: OnlineFisher, attachment: "Attachment | None") -> dict[str,
     state = {
         "header": torch.tensor([VERSION, *settings, *counts, parts], device="cpu"),
         "decay": torch.tensor(fisher.decay or 0.0, dtype=torch.float64, device="cpu"),
-        "failures": fisher.failures.counts.clone(),
+        "failures": _failures(fisher),
         **_state_of(fisher, fisher, ""),
     }
     return state if fisher.earlier is None else {**state, **_state_of(fisher, fisher.earlier, EARLIER)}
+
+
+def _failures(fisher: OnlineFisher) -> Tensor:
+    """The audits that have failed, by layer; -1 where none has, and its number is not to be told for another reason."""
+    names, counts = fisher.marked(), fisher.failures.counts
+    marked = counts.new_tensor([layer.name in names for layer in fisher.layers])
+    return torch.where(counts > 0, counts, -marked)
 
 
 def _state_of(fisher: OnlineFisher, window: "OnlineFisher | WindowSums", prefix: str) -> dict[str, Tensor]:
@@ -103,7 +115,9 @@ def load_state(fisher: OnlineFisher, attachment: "Attachment | None", state: Map
     fisher.sums, fisher.batches, fisher.elsewhere = now.sums, now.batches, now.elsewhere
     fisher.norms = now.norms
     fisher.seen.copy_(now.seen)
-    fisher.failures.counts.copy_(state["failures"])
+    fisher.failures.counts.copy_(state["failures"].clamp(min=0))
+    untold = [layer.name for layer, failed in zip(fisher.layers, state["failures"].tolist(), strict=True) if failed < 0]
+    fisher.troubles.marks.update(dict.fromkeys(untold, _UNTOLD))
     fisher.earlier = earlier
     if attachment is not None:
         attachment.counts[True], attachment.counts[False] = train, evaluated

@@ -103,6 +103,10 @@ class OnlineFisher:
         self.plans: dict[Layer, Plan | None] = {}
         self.held: Held | None = None
 
+    def marked(self) -> dict[str, str]:
+        """By layer, why what was accumulated is not to be told, but for what audits have found."""
+        return {**{x.name: reason for reason in self.doubts.read() for x in self.layers}, **self.troubles.marks}
+
     def settle(self) -> None:
         """Add the batches that wait to be added together with later ones."""
         self.norms.settle()

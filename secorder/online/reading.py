@@ -85,12 +85,7 @@ def everything(fisher: OnlineFisher) -> WindowSums:
 def unreadable(fisher: OnlineFisher) -> dict[str, str]:
     """The layers whose number cannot be given, and why."""
     audit_uncalled(fisher)
-    doubted = {layer.name: reason for reason in fisher.doubts.read() for layer in fisher.layers}
-    return {
-        **doubted,
-        **{name: fisher.troubles.outside(name) for name in failed_audits(fisher)},
-        **fisher.troubles.marks,
-    }
+    return {**{name: fisher.troubles.outside(name) for name in failed_audits(fisher)}, **fisher.marked()}
 
 
 def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | None = None) -> Diagonals:

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from secorder import CurvatureProbe, InvalidArgumentError
+from secorder import AttributionError, CurvatureProbe, InvalidArgumentError
 from secorder.online.norm_sums import COLUMNS
 
 from ..helpers import data, mlp, step
@@ -121,3 +122,26 @@ def test_the_part_of_ranks_that_were_not_synchronised_stands_for_all_of_them() -
             assert_all_close(probe.fisher_diagonal(), before)
             state = probe.state_dict()
             assert state["header"][-1] == 1
+
+
+@pytest.mark.parametrize("kind", ["marked", "doubted"])
+@pytest.mark.filterwarnings("ignore::secorder.CurvatureWarning")
+def test_what_is_not_to_be_told_is_not_once_it_was_saved(kind: str) -> None:
+    models = mlp(), mlp()
+    probe, loaded = [CurvatureProbe(model, reduction="mean") for model in models]
+    for number in range(5):
+        x, y = torch.randn(6, 4), torch.randint(3, (6,))
+        if kind == "doubted" and number == 4:
+            y[:3] = -100
+        z = models[0](x)
+        (F.cross_entropy(z, y) + (z.std() if kind == "marked" else 0.0)).backward()
+        models[0].zero_grad()
+    state = probe.state_dict()
+    for _ in range(2):
+        loaded.load_state_dict(state)
+        with pytest.raises(AttributionError, match=r"before the state was saved .* reset"):
+            loaded.fisher_diagonal()
+        assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    loaded.reset()
+    step(models[1], data())
+    assert loaded.fisher_diagonal()

@@ -199,6 +199,9 @@ def _look_if_other(
         even = fisher.losses.found(kind.key)
         if even is not None and (kind.means or True in even):
             kind.expect(even, record.num_samples, fisher.doubts)
+            if fisher.troubles.strict:
+                for reason in fisher.doubts.read():
+                    fisher.troubles.mark(fisher.by_layer, reason)
 
 
 def _look_or_say(

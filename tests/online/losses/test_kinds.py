@@ -196,3 +196,8 @@ def test_a_backward_pass_that_begins_at_the_edge_of_a_graph() -> None:
     with CurvatureProbe(model, reduction="mean") as probe:
         F.cross_entropy(model(x), t).backward()
         assert_all_close(found, probe.fisher_diagonal().by_parameter())
+
+
+def test_where_the_probe_is_strict_labels_that_do_not_count_raise_at_once() -> None:
+    with pytest.raises(AttributionError, match="do not count"):
+        followed(cross_entropy, labels=first_half, strict=True)
