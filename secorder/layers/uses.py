@@ -50,8 +50,8 @@ MOVES = frozenset(MAPS) - {
     "AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "EmbeddingBackward0", "IndexBackward0",
 }  # fmt: skip
 
-#: Operations that are followed from one layer's parameters, at most; and those of them that have no map, so that every
-#: use runs their backwards for all samples: from so many on, a module that runs again costs less.
+#: Operations that are followed from one layer's parameters, at most; and backwards of such without a map, that all uses
+#: together run for all samples: from so many on, a module that runs again costs less.
 MOST, MOST_RUN = 400, 64
 
 
@@ -121,7 +121,33 @@ def find_uses(
     found.uses = [use for node, use in uses.items() if node not in found.followed]
     ends = {node: (leaf, turned) for node in waiting for leaf, turned in _parameter(node, leaves)}
     _see_outputs_and_targets(found.uses, ends)
-    return found
+    return None if num_run and _too_many_run(found) else found
+
+
+def _too_many_run(found: Uses) -> bool:
+    """Whether the uses run more than :data:`MOST_RUN` backwards of what is followed."""
+    sources = (source for use in found.uses for source, _ in use.sources.values())
+    run = (node for source in sources for node in _behind(source, found.followed) if _is_run(node, found.leaves))
+    return next(itertools.islice(run, MOST_RUN, None), None) is not None
+
+
+def _is_run(node: Node, leaves: Collection[Node]) -> bool:
+    return node not in leaves and node.name() not in MAPS
+
+
+def _behind(node: Node, followed: Collection[Node]) -> list[Node]:
+    """A node and the followed ones that it was made of, each behind those that it comes from."""
+    order: dict[Node, None] = {}
+
+    def visit(node: Node) -> None:
+        if node not in order:
+            for before, _ in node.next_functions:
+                if before in followed:
+                    visit(before)
+            order[node] = None
+
+    visit(node)
+    return list(order)
 
 
 def _see_outputs_and_targets(uses: Sequence[Use], ends: Mapping[Node, tuple[str, bool]]) -> None:
@@ -207,17 +233,7 @@ def _pulled_back(
     gradient: Tensor | OwnedRows, source: tuple[Node, int], leaves: Mapping[Node, str], followed: Collection[Node]
 ) -> Iterable[tuple[str, PerSample]]:
     """The same by the backward of the operations between, run for all samples at once."""
-    order: list[Node] = []
-
-    def visit(node: Node) -> None:
-        """Enter a node in the order, behind those that it comes from."""
-        if node not in order:
-            for before, _ in node.next_functions:
-                if before in followed:
-                    visit(before)
-            order.append(node)
-
-    visit(source[0])
+    order = _behind(source[0], followed)
     brought: dict[tuple[Node, int], Tensor | OwnedRows] = {source: gradient}
     for node in reversed(order):
         if node in leaves:

@@ -59,7 +59,7 @@ def test_a_parameter_that_reaches_the_output_has_no_use() -> None:
 
 @pytest.mark.parametrize("more", [False, True])
 def test_a_long_way_of_operations_without_a_map_is_not_followed(more: bool) -> None:
-    """As of the states of packed sequences: each use would run all their backwards for all samples."""
+    """As of the states of packed sequences."""
     w = torch.randn(4, 3, requires_grad=True)
     v, route, followed = w, ("w",), set()
     for name in ["AddBackward0"] * 100 + ["TanhBackward0"] * (MOST_RUN + more):
@@ -67,6 +67,15 @@ def test_a_long_way_of_operations_without_a_map_is_not_followed(more: bool) -> N
         followed.add(route)
     found = routes(torch.randn(5, 3) @ v.t(), followed, w=w)
     assert found == (None if more else [(*route, "MmBackward0 1")])
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_what_all_uses_together_would_run_is_counted(more: bool) -> None:
+    w, x = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
+    v = w.tanh().exp()
+    z = sum(x @ v.t() for _ in range(MOST_RUN // 2 + more))
+    found = routes(z, {("w", "TanhBackward0 0"), ("w", "TanhBackward0 0", "ExpBackward0 0")}, w=w)
+    assert (found is None) is more
 
 
 def test_what_a_checkpoint_computes_again_is_hidden() -> None:
