@@ -9,7 +9,8 @@ The phases of a call, and what ends it::
                   └─ it is not known where its samples are: troubled, or measured by running the model again, replaced
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
@@ -46,6 +47,24 @@ def python_state(module: nn.Module) -> PythonState:
     """What a module and those in it keep in Python objects; parameters and buffers are seen to otherwise."""
     modules = modules_in(module)
     return PythonState([m for m in modules if not is_scripted(m)], [t for m in modules for t in own_tensors(m)])
+
+
+@contextmanager
+def as_it_started(module: nn.Module, state: State) -> Iterator[None]:
+    """Inside, the module has the buffers, and keeps in Python objects, what it did when a call started."""
+    now = [(place, place.held()) for place, _ in state.buffers]
+    held = None if state.held is None else python_state(module)
+    try:
+        if state.held is not None:
+            state.held.restore()
+        for place, before in state.buffers:  # last: the tables of buffers are Python objects, too
+            place.put(before)
+        yield
+    finally:
+        if held is not None:
+            held.restore()
+        for place, value in now:
+            place.put(value)
 
 
 class Start:

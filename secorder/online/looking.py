@@ -11,7 +11,7 @@ from ..layers.selection import Layer
 from ..oneshot.recording import RecordingFailed
 from .attributions import Attributions
 from .fisher import OnlineFisher
-from .layer_record import Start
+from .layer_record import Start, as_it_started
 from .losses.watching import watch_beside
 from .record import ForwardRecord
 from .samples.attribution import Attribution
@@ -68,7 +68,7 @@ def look_before(
 def look_again(attachment: "Attachment", start: Start) -> Attribution | None:
     """Another verification of the batch; None where other threads run the model."""
     model, fisher = attachment.model, attachment.fisher
-    with attachment.alone() as alone, random_state_kept(model):
+    with attachment.alone() as alone, random_state_kept(model), as_it_started(model, start.state):
         set_random_state(start.state.random_state, cuda_devices(model))
         if not alone:
             return None

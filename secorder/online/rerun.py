@@ -6,10 +6,9 @@ than a rule, for any module.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._torch.graph import least_precise
 from .._torch.pytree import map_tensors, tensors_in
@@ -22,7 +21,7 @@ from ..layers.selection import Layer
 from ..oneshot.independence import over_samples
 from ..oneshot.isolation import IsolatedModel, isolate
 from .carried import carried_cut_off
-from .layer_record import ModuleCall, State, python_state
+from .layer_record import ModuleCall, as_it_started
 
 #: An output of a call that ran again, the gradient on it that comes from outside, and where its samples are.
 End = tuple[Tensor, Tensor, Layout]
@@ -38,7 +37,11 @@ def rerun_gradients(
     kinds = [compute_dtype(layer) for layer in layers for _ in layer.parameters]
     elements = 4 * sum(p.numel() for layer in layers for p in layer.parameters.values())
     module = layers[0].enclosing
-    with _as_it_started(module, calls[0].state), isolate(module, None, layers, direct=direct) as isolated:
+    with (
+        as_it_started(module, calls[0].state),
+        carried_cut_off(module),
+        isolate(module, None, layers, direct=direct) as isolated,
+    ):
         replacements = [s for layer in layers for s in isolated.replacements(layer)]
         graphs = [_run_again(isolated, layers[0], call) for call in calls]
         for ids in chunks(count, default_chunk_size(elements, replacements[0], None)):
@@ -108,22 +111,3 @@ def _from_outside(ends: list[End]) -> list[End]:
             g = g if through is None else g - through.to(g.dtype)
         own[i] = g
     return [(f, own[i], layout) for i, (f, _, layout) in enumerate(ends)]
-
-
-@contextmanager
-def _as_it_started(module: nn.Module, state: State) -> Iterator[None]:
-    """Inside, the module has the buffers, and keeps in Python objects, what it did when a call started."""
-    now = [(place, place.held()) for place, _ in state.buffers]
-    held = None if state.held is None else python_state(module)
-    try:
-        if state.held is not None:
-            state.held.restore()
-        for place, before in state.buffers:  # last: the tables of buffers are Python objects, too
-            place.put(before)
-        with carried_cut_off(module):
-            yield
-    finally:
-        if held is not None:
-            held.restore()
-        for place, value in now:
-            place.put(value)

@@ -154,3 +154,20 @@ def test_a_structure_that_no_look_has_told_of_is_not_taken_for_known(turns: list
             z = model(x, -9 if number == "nan" else number)
             nn.functional.cross_entropy(z, torch.randint(3, (6,))).backward()
         assert unreadable(probe._fisher).keys() == {"a", "b"}
+
+
+def test_a_branch_that_a_buffer_counts_is_looked_at_as_it_was_counted() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.n += 1
+        h = torch.tanh(m.a(x))
+        return m.b(h - h.mean(0) if m.n % 5 == 0 else h)
+
+    model = Net(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+    model.register_buffer("n", torch.zeros(()))
+    with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings():
+        warnings.simplefilter("ignore", CurvatureWarning)
+        for number in range(1, 6):
+            assert not unreadable(probe._fisher)
+            nn.functional.cross_entropy(model(torch.randn(6, 4)), torch.randint(3, (6,))).backward()
+            assert model.n == number
+        assert unreadable(probe._fisher).keys() == {"a", "b"}
