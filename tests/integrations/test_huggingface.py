@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe, CurvatureWarning
 
-from ..helpers import no_warnings, refused_where_nothing_tells, run_ranks
+from ..helpers import no_warnings, run_ranks
 from ..reference import assert_all_close, fisher_by_sample
 
 
@@ -103,8 +103,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     ("name", "layers"),
-    [(name, None) for name in MODELS]
-    + [pytest.param(name, "*", marks=refused_where_nothing_tells if name == "bert" else ()) for name in MODELS],
+    [(name, layers) for layers in (None, "*") for name in MODELS],
 )
 def test_language_models_with_tied_embeddings(name: str, layers: str | None) -> None:
     """As they are: the loss from inside the model, normalisation in float32, one table for embedding and head."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe
 
-from ..helpers import Net, refused_where_nothing_tells
+from ..helpers import Net
 from ..reference import assert_all_close, named_parameters
 from .loops import follow, rows
 
@@ -273,7 +273,6 @@ def of_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-@refused_where_nothing_tells
 def test_a_small_gpt_with_gradient_accumulation() -> None:
     """Four micro-batches a step, each loss divided by four; evaluation and generation in between."""
     for layer_types in (None, "all"):

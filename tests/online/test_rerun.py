@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 
-from ..helpers import Doubled, Net, data, make, reference, step
+from ..helpers import Doubled, Net, data, make, reference, run_again_where_nothing_tells, step
 from ..reference import assert_all_close
 from .loops import follow
 
@@ -207,7 +207,11 @@ def _of_pages(*counts: int) -> list[Any]:
     return [(torch.randn(n, 5, 4), torch.randint(3, (n,))) for n in counts]
 
 
-@pytest.mark.parametrize("returned", ["loss", "loss, pages", "pages", "list", "loss, list"])
+# Of the last batch, the list is of as many as there are samples.
+_LISTS = [pytest.param(kind, marks=run_again_where_nothing_tells) for kind in ("list", "loss, list")]
+
+
+@pytest.mark.parametrize("returned", ["loss", "loss, pages", "pages", *_LISTS])
 @pytest.mark.parametrize("put_back", [True, False])
 def test_outputs_of_no_samples_beside_those_of_a_model_that_runs_again(returned: str, put_back: bool) -> None:
     """The loss that a model returns, and what it computes its other outputs by, take no part: these tell all."""
