@@ -144,7 +144,8 @@ class NormSums:
 
         Its samples are counted in ``seen``, unless no layer was finite.
         """
-        if self._waiting and (self._kind is None or self._kind[0] != kind or self._kind[1] is not seen):
+        alike = self._kind is not None and self._kind[0] == kind and self._kind[1] is seen
+        if self._waiting and not (alike and len(self._waiting[0].totals) == len(batch.totals)):
             self.settle()
         self.added += 1
         self._waiting.append(batch)

@@ -46,6 +46,21 @@ def test_norms_may_come_as_factors() -> None:
     torch.testing.assert_close(sums.increments(mixed, kind)[0], expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("widths", [(1, 3), (2, 1, 2), (1, 1)])
+def test_norms_of_batch_gradients_that_are_made_of_more_numbers_in_one_batch_than_in_another(
+    widths: tuple[int, ...],
+) -> None:
+    """As where a layer of several parameters is run again in one of them; added at once, they were mixed up."""
+    kind = Kind((0, 1), (True, True), 4, Terms(4, 1.0, 2.0), None, False)
+    batches = [Batch(list(torch.rand(2, 4).double()), list(torch.rand(2 * width))) for width in widths]
+    waiting, alone = (NormSums.empty(2, torch.device("cpu")) for _ in range(2))
+    seen = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        waiting.wait(batch, kind, seen)
+        alone.add((0, 1), alone.increments([batch], kind)[0][0], None)
+    assert_close(waiting.table, alone.table, 1e-12)
+
+
 @pytest.mark.parametrize("decay", [None, 0.5])
 def test_batches_that_wait_are_added_before_anyone_asks(decay: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several sizes, one of them bad, to whoever reads, saves or copies; and none is lost where adding fails."""
