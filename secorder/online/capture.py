@@ -89,7 +89,8 @@ def layer_called(
             record.autocast_dtype = computed_in
     made_by = output.grad_fn
     assert made_by is not None
-    record.path.append((number_of(made_by), type(inputs[0].grad_fn if inputs else None).__name__))
+    if record.start is not None:  # else its structure is not asked for
+        record.path.append((number_of(made_by), type(inputs[0].grad_fn if inputs else None).__name__))
     if record.scheduled:
         mark_calls(attachment, record, layer.name, index, [output])
     node = accumulates_into((own.gathered or layer.parameters).values(), made_by)

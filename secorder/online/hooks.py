@@ -307,10 +307,11 @@ class Attachment:
 
 def differentiable(layers: Sequence[Layer], model: nn.Module, arguments: Any) -> bool:
     """Whether a backward may follow a forward; layers that are measured tell it most often, and the soonest."""
-    measured = (p for layer in layers for p in layer.parameters.values())
-    return any(t.requires_grad for t in chain(measured, model.parameters())) or any(
-        t.requires_grad for t in tensors_in(arguments)
-    )
+    for layer in layers:
+        for parameter in layer.parameters.values():
+            if parameter.requires_grad:
+                return True
+    return any(t.requires_grad for t in chain(model.parameters(), tensors_in(arguments)))
 
 
 class _Begin(OwnHook):
