@@ -147,7 +147,10 @@ def _try_each(
         usual = hypothesis is tried[0]
         if hypothesis.num_samples > 1:
             trial, masks = Trial(forward, asked.arguments, hypothesis), asked.masks(hypothesis.num_samples)
-            hypothesis, found = _separates(trial, base, masks)
+            if holding and not holding[0][0].shifting:  # then numbers that are drawn refute no other one
+                found = separates(trial, base, masks)
+            else:
+                hypothesis, found = _separates(trial, base, masks)
             listed = hypothesis.owned is not None and hypothesis.owned.grouping.place is None
             certain = usual and (asked.sample_dim is not None or (len(tried) == 1 and not listed))
             if found is not None and not usual and hypothesis.owned is None and asked.sample_dim is None:
