@@ -30,6 +30,7 @@ class Patches:
     groups: int  #: groups of channels
     shape: tuple[int, int, int, int]  #: that of the patches, ``(N, groups, positions, in)``
     padding: tuple[int, ...]  #: by spatial dimension, zeros that are seen beyond either end
+    of_cotangents: bool = False  #: whether the images are cotangents, and the layer's input is in the place of these
 
     def with_zeros(self, images: Tensor) -> Tensor:
         """Images, or some channels of them, with the zeros that are seen beyond their ends."""

@@ -39,8 +39,8 @@ def witness(part: PerSample, product: Tensor | None) -> Tensor | None:
         return total_of(part)
     if isinstance(part, Rows) or part.a is None:
         return None
-    if isinstance(part.a, Patches):  # of a transposed convolution these are of cotangents
-        return total_of(part.a.image) + total_of(part.g)
+    if isinstance(part.a, Patches):
+        return total_of(part.g if part.a.of_cotangents else part.a.image)
     return total_of(part.a) if product is None or product.dtype not in (torch.float32, torch.float64) else product
 
 

@@ -28,12 +28,14 @@ def convolution_gradients(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
+    *,
+    of_cotangents: bool = False,
 ) -> dict[str, PerSample]:
     """Of weight and bias, for an input ``a`` that zeros are added to at either end of each spatial dimension."""
     factor = g.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
     fan_in = a.shape[1] // groups * math.prod(kernel)
     shape = (len(a), groups, math.prod(g.shape[2:]), fan_in)
-    patches = Patches(a, kernel, stride, dilation, groups, shape, padding)
+    patches = Patches(a, kernel, stride, dilation, groups, shape, padding, of_cotangents)
     return {"weight": Outer(patches, factor), "bias": Outer(None, factor)}
 
 
@@ -75,5 +77,6 @@ def transposed_convolution_squared(module: nn.Module, inputs: tuple[Tensor, ...]
     if ends != list(padding):  # ``output_padding``: some rows at the end are seen in place of zeros, or not at all
         seen = F.pad(g, [side for both in reversed([*zip(padding, ends, strict=True)]) for side in both])
         padding = (0,) * len(padding)
-    own = convolution_gradients(seen, a, module.kernel_size, module.stride, padding, module.dilation, module.groups)
+    settings = module.kernel_size, module.stride, padding, module.dilation, module.groups
+    own = convolution_gradients(seen, a, *settings, of_cotangents=True)
     return {"weight": own["weight"], "bias": g.flatten(2).sum(2)}
