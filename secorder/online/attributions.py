@@ -53,16 +53,11 @@ class Attributions:
         #: By modes and shapes, what is known and how many samples that makes, where shapes alone tell it.
         self._met: dict[tuple[Any, Any], tuple[Attribution, int | None]] = {}
         self._not_followed: set[str] = set()
-        self.graphs = Kinds()  #: forwards that were looked at, by the number of nodes that their graphs have
+        self.graphs = Kinds()  #: forwards that were looked at, by what their graphs are made of
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            "_known": {},
-            "_batches": {},
-            "_met": {},
-            "graphs": Kinds(),
-        }  # its copy is to be looked at anew
+        anew = {"_known": {}, "_batches": {}, "_met": {}, "graphs": Kinds()}  # its copy is to be looked at again
+        return {**vars(self), **anew}
 
     def meet(self, arguments: Any, shapes: Sequence[Shape]) -> tuple[Attribution | None, int | None, bool]:
         """What is known of where the samples of a batch are, how many they are, and whether it is :meth:`scheduled`."""

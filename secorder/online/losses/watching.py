@@ -17,15 +17,7 @@ from torch import Tensor
 
 from ..._torch.autocast import no_autocast
 from ..._torch.beginning import before_backward, wait_no_more, waits
-from ..._torch.graph import (
-    Node,
-    current_node,
-    is_builtin,
-    nodes_behind,
-    number_of,
-    shape_of,
-    tells_recomputation,
-)
+from ..._torch.graph import Node, current_node, is_builtin, nodes_behind, number_of, shape_of, tells_recomputation
 from ..._torch.loss_graph import Place, UnknownNode, normalises
 from ..._torch.surroundings import inside_transform
 from ...layers.selection import Layer
@@ -168,8 +160,8 @@ def _begins(
 ) -> bool:
     """A backward pass begins; whether this forward is watched no more."""
     own = attachment()
-    if own is None or own.pauses or record.closed or own.fisher.troubles.has_seen("computed"):
-        return True  # what adapted parameters are computed from is told of as that
+    if own is None or _is_over(own, record):
+        return True
     if record.thread != threading.get_ident():
         return False
     return bool(own.fisher.troubles.guarded(None, (), _look_or_say, own, record, ends, gradients))
@@ -177,14 +169,17 @@ def _begins(
 
 def _begins_otherwise(own: "Attachment", ends: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> bool:
     """The same of a forward that is not watched: its loss is looked at where it is of another kind than those were."""
-    record, fisher = None if own.latest is None else own.latest(), own.fisher
-    if record is None or own.pauses or record.closed or fisher.troubles.has_seen("computed"):
+    record = None if own.latest is None else own.latest()
+    if record is None or _is_over(own, record) or record.thread != threading.get_ident():
         return True
-    if record.thread != threading.get_ident():
-        return True
-    fisher.troubles.guarded(None, (), _look_if_other, own, record, ends, gradients)
+    own.fisher.troubles.guarded(None, (), _look_if_other, own, record, ends, gradients)
     own.forwards = 0
     return True
+
+
+def _is_over(own: "Attachment", record: ForwardRecord) -> bool:
+    """Whether no loss of a forward is looked at any more; what parameters are computed from is told of as that."""
+    return own.pauses > 0 or record.closed or own.fisher.troubles.has_seen("computed")
 
 
 def _look_if_other(
